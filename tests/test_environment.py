@@ -20,7 +20,8 @@ class FakeAtari(gym.Env):
         self.action_space = gym.spaces.Discrete(len(actions))
         self.lose, self.over, self.rewards, self.actions = lose, over, rewards or {}, actions
         self.taken, self.games = [], 0
-        self.ale = SimpleNamespace(getScreenRGB=lambda: np.full((210, 160, 3), self.frame, np.uint8))
+        screen = lambda: np.full((210, 160, 3), self.frame, np.uint8)  # noqa: E731
+        self.ale = SimpleNamespace(getScreenRGB=screen)
 
     def get_action_meanings(self):
         return list(self.actions)

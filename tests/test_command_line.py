@@ -1,0 +1,132 @@
+"""Flags, help, and the one line that a mistake gets."""
+
+import dataclasses
+import os
+
+import pytest
+from conftest import run_script
+
+import ai_breakout_game as script
+
+
+def complain(capsys, *args):
+    """The one line that `args` get, which are a mistake; nothing may have been written."""
+    assert script.main(list(args)) == 2
+    output, errors = capsys.readouterr()
+    assert output == "" and errors.count("\n") == 1 and "Traceback" not in errors
+    assert os.listdir() == []
+    return errors
+
+
+@pytest.fixture(autouse=True)
+def empty_folder(tmp_path, monkeypatch):
+    folder = tmp_path / "empty"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+
+
+def test_every_knob_is_a_flag_with_help_group_and_default():
+    text = script.build_parser().format_help()
+    for field in dataclasses.fields(script.Config):
+        assert f"--{field.name.replace('_', '-')} " in text
+        assert len(field.metadata["help"]) > 15
+    assert "(default: 10,000,000)" in text and "(default: 0.00025)" in text
+    for title in ("what to do", "game and machine", "playing", "training", "PPO"):
+        assert f"\n{title}" in text
+
+
+def test_help_fits_eighty_columns_and_starts_nothing(tmp_path):
+    done = run_script("--help", cwd=tmp_path, COLUMNS="80")
+    assert done.returncode == 0 and done.stderr == ""
+    assert max(map(len, done.stdout.splitlines())) <= 80
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [("--run", True), ("--run=1", True), ("--run=True", True), ("--run=yes", True),
+     ("--run=no", False), ("--run=0", False), ("--run=FALSE", False), ("--run=off", False)],
+)  # fmt: skip
+def test_yes_and_no_are_understood_in_many_ways(flag, value):
+    assert script.build_parser().parse_args([flag]).run is value
+
+
+def test_the_defaults_are_the_configs():
+    assert script.Config(**vars(script.build_parser().parse_args([]))) == script.Config()
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["--num-envs=0"], "--num-envs must be from 1 to 4,096, not 0"),
+        (["--total-timesteps=-5"], "--total-timesteps must be"),
+        (["--num-steps=0"], "--num-steps must be"),
+        (["--gamma=1.5"], "--gamma must be from 0 to 1, not 1.5"),
+        (["--learning-rate=nan"], "--learning-rate must be"),
+        (["--clip-coef=inf"], "--clip-coef must be 0 or more, not inf"),
+        (["--seed=-1"], "--seed must be"),
+        (["--num-minibatches=3"], "does not divide the batch of 8 games x 128 steps = 1024"),
+        (["--num-envs=many"], "--num-envs"),
+        (["--run=maybe"], "'maybe' is neither yes nor no"),
+        (["--nonsense=1"], "--nonsense=1"),
+        (["--num-env=8"], "--num-env=8"),
+        (["train"], "train"),
+        (["--env-id=BreakoutNoFrameSkip-v4"], "did you mean"),
+        (["--env-id=Brakeout"], "Breakout"),
+        (["--env-id=CartPole-v1"], "is not an ALE game"),
+        (["--env-id="], "is not an ALE game"),
+        (["--device=tpu"], "--device=tpu is not there; this machine has"),
+        (["--model-filename=nowhere.mdl"], "no model nowhere.mdl"),
+        (["--run", "--model-filename=nowhere.mdl"], "no model nowhere.mdl"),
+        (["--run"], "--num-envs=8 --total-timesteps=3000` trains a first one"),
+        (["--evaluate=-1"], "--evaluate must be"),
+        (["--evaluate=2", "--model-filename=nowhere.mdl"], "no model nowhere.mdl"),
+        (["--record=film.avi"], "must end in .gif or .mp4"),
+        (["--record=a.gif", "--evaluate=2"], "ask for one"),
+        (["--record=a.gif", "--model-filename=nowhere.mdl"], "no model nowhere.mdl"),
+        (["--record=a.gif", "--seconds=0"], "--seconds must be"),
+    ],
+)  # fmt: skip
+def test_a_mistake_gets_one_clear_line(capsys, monkeypatch, args, said):
+    monkeypatch.setattr(script, "__file__", os.path.join(os.getcwd(), "alone.py"))
+    assert said in complain(capsys, *args)
+
+
+def test_a_mistake_ends_the_program_with_code_2(tmp_path):
+    done = run_script("--num-envs=0", cwd=tmp_path)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr == "ai_breakout_game.py: --num-envs must be from 1 to 4,096, not 0\n"
+
+
+@pytest.mark.parametrize("name", ["runs", "models"])
+def test_a_folder_that_cannot_be_written_to_is_named_before_anything_starts(capsys, name):
+    with open(name, "w") as file:
+        file.write("a file, not a folder")
+    assert script.main(["--total-timesteps=1"]) == 2
+    errors = capsys.readouterr().err
+    assert f"cannot write to {name}/" in errors and errors.count("\n") == 1
+    assert os.listdir() == [name]
+
+
+def test_the_file_works_alone_in_an_empty_folder(tmp_path):
+    alone = tmp_path / "alone.py"
+    with open(script.__file__) as source:
+        alone.write_text(source.read())
+    import subprocess
+    import sys
+
+    done = subprocess.run(
+        [sys.executable, "alone.py", "--num-envs=1", "--num-steps=8", "--total-timesteps=8"],
+        cwd=tmp_path, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "models" / "ai_breakout_game8.mdl").is_file()
+
+
+def test_requirements_and_inline_metadata_name_the_same_versions():
+    root = os.path.dirname(script.__file__)
+    with open(os.path.join(root, "requirements.txt")) as file:
+        wanted = {line.split("#")[0].strip() for line in file} - {""}
+    with open(script.__file__) as file:
+        header = file.read().split("# ///")[1]
+    assert all(f'"{requirement}"' in header for requirement in wanted)
+    assert header.count('"') == 2 * len(wanted) + 2, "and none beyond them"

@@ -1,0 +1,325 @@
+"""The mathematics, against formulas written out slowly and against stable-baselines3."""
+
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import ai_breakout_game as script
+
+CPU = torch.device("cpu")
+
+
+class NeverStop:
+    requested = False
+
+
+def random_steps(num_steps=12, num_envs=3, seed=0):
+    """Rewards, values, terminations, cut-offs: (T, N) tensors, values one longer."""
+    rng = torch.Generator().manual_seed(seed)
+    rewards = torch.randn(num_steps, num_envs, generator=rng)
+    values = torch.randn(num_steps + 1, num_envs, generator=rng)
+    terminated = torch.rand(num_steps, num_envs, generator=rng) < 0.2
+    truncated = ~terminated & (torch.rand(num_steps, num_envs, generator=rng) < 0.15)
+    return rewards, values, terminated, truncated
+
+
+def slow_gae(rewards, values, terminated, truncated, gamma, lam):
+    """Equation 16 of arXiv:1506.02438 as it stands: for each step the sum over all later ones."""
+    num_steps, num_envs = rewards.shape
+    advantages = np.zeros((num_steps, num_envs))
+    for n in range(num_envs):
+        for t in range(num_steps):
+            for k in range(t, num_steps):
+                value_after = 0.0 if terminated[k, n] else values[k + 1, n]
+                delta = rewards[k, n] + gamma * value_after - values[k, n]
+                advantages[t, n] += (gamma * lam) ** (k - t) * delta
+                if terminated[k, n] or truncated[k, n]:
+                    break
+    return advantages
+
+
+@pytest.mark.parametrize(("gamma", "lam"), [(0.99, 0.95), (0.9, 0.0), (1.0, 1.0)])
+def test_gae_is_the_papers_sum(gamma, lam):
+    rewards, values, terminated, truncated = random_steps()
+    assert terminated.any() and truncated.any()
+    dones = terminated | truncated
+    fast = script.compute_gae(rewards, values, terminated, dones, gamma, lam)
+    slow = slow_gae(*(x.numpy() for x in (rewards, values, terminated, truncated)), gamma, lam)
+    np.testing.assert_allclose(fast.numpy(), slow, rtol=1e-5, atol=1e-5)
+
+
+def test_gae_agrees_with_stable_baselines3():
+    buffers = pytest.importorskip("stable_baselines3.common.buffers")
+    from gymnasium import spaces
+
+    rewards, values, terminated, _ = random_steps()
+    num_steps, num_envs = rewards.shape
+    buffer = buffers.RolloutBuffer(
+        num_steps, spaces.Box(0, 1, (1,)), spaces.Discrete(2), "cpu", 0.95, 0.99, num_envs
+    )
+    start = np.zeros(num_envs)  # theirs: the flag stands at the step after the end
+    for t in range(num_steps):
+        zeros = np.zeros((num_envs, 1))
+        buffer.add(zeros, zeros, rewards[t].numpy(), start, values[t], torch.zeros(num_envs))
+        start = terminated[t].numpy()
+    buffer.compute_returns_and_advantage(values[-1], start)
+    ours = script.compute_gae(rewards, values, terminated, terminated, 0.99, 0.95)
+    np.testing.assert_allclose(ours.numpy(), buffer.advantages, rtol=1e-5, atol=1e-5)
+
+
+def random_batch(size=16, actions=4, seed=0):
+    """What the network says now, and the steps it says it of."""
+    rng = torch.Generator().manual_seed(seed)
+    logits, values = torch.randn(size, actions, generator=rng), torch.randn(size, generator=rng)
+    batch = script.Batch(
+        frames=torch.zeros(size),
+        actions=torch.randint(actions, (size,), generator=rng),
+        log_probs=-torch.rand(size, generator=rng) * 2 - 0.1,
+        values=torch.randn(size, generator=rng),
+        advantages=torch.randn(size, generator=rng) * 3 + 1,
+        returns=torch.randn(size, generator=rng),
+        mask=torch.rand(size, generator=rng) < 0.7,
+    )
+    return logits, values, batch
+
+
+def direct_loss(logits, values, batch, clip, norm_adv, clip_vloss):
+    """Each term of the loss, a step at a time, over the steps in the mask only."""
+    keep = [i for i in range(len(values)) if batch.mask[i]]
+    advantages = np.array([float(batch.advantages[i]) for i in keep])
+    if norm_adv:
+        advantages = (advantages - advantages.mean()) / (advantages.std(ddof=1) + 1e-8)
+    policy, value, entropy, clipped = [], [], [], 0
+    for i, advantage in zip(keep, advantages):
+        probs = np.exp(logits[i].double().numpy())
+        probs /= probs.sum()
+        ratio = probs[batch.actions[i]] / math.exp(batch.log_probs[i])
+        clipped_ratio = float(np.clip(ratio, 1 - clip, 1 + clip))
+        policy.append(-min(ratio * advantage, clipped_ratio * advantage))
+        clipped += abs(ratio - 1) > clip
+        new, old, target = (float(x[i]) for x in (values, batch.values, batch.returns))
+        error = (new - target) ** 2
+        if clip_vloss:
+            error = max(error, (old + float(np.clip(new - old, -clip, clip)) - target) ** 2)
+        value.append(0.5 * error)
+        entropy.append(-(probs * np.log(probs)).sum())
+    return np.mean(policy), np.mean(value), np.mean(entropy), clipped / len(keep)
+
+
+@pytest.mark.parametrize("norm_adv", [True, False])
+@pytest.mark.parametrize("clip_vloss", [True, False])
+def test_the_loss_is_the_formulas(norm_adv, clip_vloss):
+    logits, values, batch = random_batch()
+    loss, parts = script.ppo_loss(logits, values, batch, 0.1, 0.01, 0.5, norm_adv, clip_vloss)
+    parts = dict(zip(script.LOSS_NAMES, parts.tolist()))
+    policy, value, entropy, clipfrac = direct_loss(logits, values, batch, 0.1, norm_adv, clip_vloss)
+    assert parts["policy_loss"] == pytest.approx(policy, rel=1e-4)
+    assert parts["value_loss"] == pytest.approx(value, rel=1e-4)
+    assert parts["entropy"] == pytest.approx(entropy, rel=1e-4)
+    assert parts["clipfrac"] == pytest.approx(clipfrac)
+    assert float(loss) == pytest.approx(policy - 0.01 * entropy + 0.5 * value, rel=1e-4)
+
+
+def test_an_unchanged_policy_has_no_divergence_and_clips_nothing():
+    logits, values, batch = random_batch()
+    log_probs = logits.log_softmax(-1).gather(-1, batch.actions[:, None]).squeeze(-1)
+    _, parts = script.ppo_loss(
+        logits, values, batch._replace(log_probs=log_probs), 0.1, 0, 1, True, True
+    )
+    parts = dict(zip(script.LOSS_NAMES, parts.tolist()))
+    assert parts["approx_kl"] == parts["old_approx_kl"] == parts["clipfrac"] == 0
+
+
+def test_steps_that_the_agent_did_not_decide_change_nothing():
+    logits, values, batch = random_batch()
+    junk = {
+        name: torch.where(batch.mask, getattr(batch, name), torch.full_like(values, 99.0))
+        for name in ("log_probs", "values", "advantages", "returns")
+    }
+    results = []
+    for one in (batch, batch._replace(**junk)):
+        leaf = logits.clone().requires_grad_()
+        loss, parts = script.ppo_loss(leaf, values, one, 0.1, 0.01, 0.5, True, True)
+        loss.backward()
+        results.append((loss.item(), parts.tolist(), leaf.grad))
+    assert results[0][:2] == results[1][:2]
+    assert torch.equal(results[0][2], results[1][2])
+    assert results[0][2][~batch.mask].abs().max() == 0
+    assert results[0][2][batch.mask].abs().min() > 0
+
+
+def test_advantages_are_normalised_over_the_decided_steps_alone():
+    _, _, batch = random_batch(200)
+    kept = script.normalise(batch.advantages, batch.mask)[batch.mask]
+    assert kept.mean().item() == pytest.approx(0, abs=1e-5)
+    assert kept.std().item() == pytest.approx(1, abs=1e-4)
+
+
+@pytest.mark.parametrize("steps_in_mask", [0, 1])
+def test_a_minibatch_with_hardly_a_decision_gives_finite_numbers(steps_in_mask):
+    logits, values, batch = random_batch()
+    batch = batch._replace(mask=torch.arange(16) < steps_in_mask)
+    loss, parts = script.ppo_loss(logits, values, batch, 0.1, 0.01, 0.5, True, True)
+    assert loss.isfinite() and parts.isfinite().all()
+
+
+def test_the_network_has_the_usual_names_and_shapes():
+    agent = script.Agent(4)
+    shapes = {name: tuple(tensor.shape) for name, tensor in agent.state_dict().items()}
+    assert shapes["network.0.weight"] == (32, 4, 8, 8)
+    assert shapes["network.2.weight"] == (64, 32, 4, 4)
+    assert shapes["network.4.weight"] == (64, 64, 3, 3)
+    assert shapes["network.7.weight"] == (512, 3136)
+    assert shapes["actor.weight"] == (4, 512) and shapes["critic.weight"] == (1, 512)
+    assert len(shapes) == 12
+
+
+def test_the_first_layers_are_orthogonal_and_the_first_policy_is_about_uniform():
+    torch.manual_seed(0)
+    agent = script.Agent(4)
+    rows = agent.network[0].weight.reshape(32, -1)
+    torch.testing.assert_close(rows @ rows.T, 2 * torch.eye(32), rtol=1e-4, atol=1e-4)
+    logits, values = agent(torch.randint(0, 255, (8, 4, 84, 84), dtype=torch.uint8))
+    assert logits.shape == (8, 4) and values.shape == (8,)
+    assert (logits.softmax(-1) - 0.25).abs().max() < 0.02
+
+
+def test_the_layout_of_the_frames_in_memory_changes_no_result():
+    torch.manual_seed(0)
+    agent = script.Agent(4)
+    frames = torch.randint(0, 255, (8, 4, 84, 84), dtype=torch.uint8)
+    last = frames.contiguous(memory_format=torch.channels_last)
+    assert last.stride() != frames.stride()
+    torch.testing.assert_close(agent(frames), agent(last), rtol=1e-4, atol=1e-5)
+
+
+def test_actions_are_drawn_as_often_as_they_are_likely():
+    logits = torch.tensor([0.5, 0.3, 0.2]).log().expand(20_000, 3)
+    actions, log_probs = script.sample_actions(logits, torch.Generator().manual_seed(0))
+    shares = torch.bincount(actions) / len(actions)
+    torch.testing.assert_close(shares, torch.tensor([0.5, 0.3, 0.2]), atol=0.02, rtol=0)
+    torch.testing.assert_close(log_probs, logits.gather(1, actions[:, None]).squeeze(1))
+
+
+def small_run(multithreading=True, **knobs):
+    """Everything that one update needs, small."""
+    config = script.Config(num_envs=2, num_steps=16, num_minibatches=2, update_epochs=2, **knobs)
+    game = script.find_game(config)
+    games = script.make_vector_env(game, 2, multithreading)
+    state = script.make_state(config, game, len(games.action_names), CPU)
+    rollout = script.make_rollout(16, 2, CPU)
+    rollout.frames[-1] = torch.from_numpy(games.reset(config.seed))
+    return config, games, state, rollout
+
+
+def learn(updates, seed=1, multithreading=True):
+    """The weights after some updates."""
+    config, games, state, rollout = small_run(seed=seed, multithreading=multithreading)
+    for _ in range(updates):
+        script.collect_rollout(state, games, rollout, NeverStop())
+        script.update(state, rollout, config, NeverStop())
+    return torch.cat([p.flatten() for p in state.agent.parameters()])
+
+
+@pytest.mark.parametrize("multithreading", [True, False])
+def test_the_same_seed_gives_the_same_weights_bit_for_bit(multithreading):
+    first, again = (learn(3, multithreading=multithreading) for _ in range(2))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, learn(3, seed=2, multithreading=multithreading))
+
+
+def test_a_rollout_starts_where_the_last_one_ended():
+    _, games, state, rollout = small_run()
+    script.collect_rollout(state, games, rollout, NeverStop())
+    last = rollout.frames[-1].clone()
+    script.collect_rollout(state, games, rollout, NeverStop())
+    assert torch.equal(rollout.frames[0], last)
+    assert rollout.frames[1:].float().std() > 0
+
+
+def test_a_rollout_says_what_was_decided_and_which_games_ended():
+    config, games, state, rollout = small_run(max_frames=4 * 10)
+    steps, over = script.collect_rollout(state, games, rollout, NeverStop())
+    assert steps == config.num_steps
+    assert [(t, game.slot, game.length) for t, game in over] == [(10, 0, 10), (10, 1, 10)]
+    assert rollout.dones[9].all() and not rollout.terminated[9].any()
+    assert not rollout.decided[10].any() and rollout.decided[:10].all()
+
+
+def test_learning_makes_rewarded_actions_likelier_and_returns_foreseen():
+    config, _, state, rollout = small_run(learning_rate=1e-3)
+    rng = torch.Generator().manual_seed(0)
+    rollout.frames[:] = torch.randint(0, 255, rollout.frames.shape, generator=rng)
+    rollout.actions[:] = torch.randint(4, rollout.actions.shape, generator=rng)
+    rollout.rewards[:] = (rollout.actions == 2).float()
+    rollout.dones[:] = rollout.terminated[:] = rollout.decided[:] = True
+    rollout.log_probs[:] = math.log(0.25)
+    for _ in range(8):
+        losses = script.update(state, rollout, config, NeverStop())
+        logits, values = state.agent(rollout.frames[:-1].flatten(0, 1))
+        log_probs = logits.detach().log_softmax(-1)
+        rollout.values[:-1] = values.detach().reshape(16, 2)
+        rollout.log_probs[:] = log_probs.gather(1, rollout.actions.reshape(-1, 1)).reshape(16, 2)
+    assert log_probs.exp().mean(0).argmax() == 2
+    assert log_probs.exp().mean(0)[2] > 0.5
+    assert losses["explained_variance"] > 0.5
+
+
+def test_a_target_kl_ends_an_update_early():
+    config, games, state, rollout = small_run(learning_rate=1e-2, target_kl=1e-6)
+    steps = 0
+    step, state.optimizer.step = state.optimizer.step, lambda: None
+
+    def count():
+        nonlocal steps
+        steps += 1
+        step()
+
+    state.optimizer.step = count
+    script.collect_rollout(state, games, rollout, NeverStop())
+    script.update(state, rollout, config, NeverStop())
+    assert steps == config.num_minibatches, "one epoch of two"
+
+
+def test_the_gradient_is_clipped_as_a_whole():
+    config, games, state, rollout = small_run(max_grad_norm=1e-3)
+    norms = []
+    step = state.optimizer.step
+
+    def measure():
+        grads = [p.grad.flatten() for p in state.agent.parameters()]
+        norms.append(torch.cat(grads).norm().item())
+        step()
+
+    state.optimizer.step = measure
+    script.collect_rollout(state, games, rollout, NeverStop())
+    script.update(state, rollout, config, NeverStop())
+    assert len(norms) == 4 and max(norms) <= 1.01e-3
+
+
+@pytest.mark.parametrize("anneal", [True, False])
+def test_the_learning_rate_falls_in_a_line_to_zero_if_it_falls(anneal):
+    config = script.Config(total_timesteps=1024 * 4, learning_rate=1.0, anneal_lr=anneal)
+    state = small_run()[2]
+    rates = []
+    for update in range(config.num_updates):
+        state.update = update
+        rates.append(script.anneal(config, state))
+        assert state.optimizer.param_groups[0]["lr"] == rates[-1]
+    assert rates == ([1.0, 0.75, 0.5, 0.25] if anneal else [1.0] * 4)
+
+
+def test_a_stop_leaves_the_weights_between_two_steps():
+    config, games, state, rollout = small_run()
+    before = copy.deepcopy(state.agent.state_dict())
+
+    class StopNow:
+        requested = True
+
+    steps, _ = script.collect_rollout(state, games, rollout, StopNow())
+    losses = script.update(state, rollout, config, StopNow())
+    assert steps == 0 and math.isnan(losses["policy_loss"])
+    assert all(torch.equal(before[name], x) for name, x in state.agent.state_dict().items())
