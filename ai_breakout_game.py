@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 # /// script
-# requires-python = ">=3.10"
+# requires-python = ">=3.11"
 # dependencies = [
 #   "ale-py==0.12.1", "av==18.1.0", "gymnasium==1.4.0", "numpy>=2.0,<3",
 #   "opencv-python==5.0.0.93", "pillow==13.0.0", "tensorboard==2.21.0",
@@ -36,6 +36,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
@@ -791,7 +792,8 @@ def load_agent(path: Path, game: Game, num_actions: int) -> tuple[Agent, dict[st
     state_dict. Raises UserError for a file that is no model, or that of another game.
     """
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a dozen kinds, all of which mean that this is no model
         raise UserError(f"{path} is not a model ({type(error).__name__})") from None
     about = content if isinstance(content, dict) and "weights" in content else {}
@@ -1014,8 +1016,7 @@ def train(config: Config) -> Path:
 # --------------------------------------------------------------------------------------------------
 
 EMULATOR_FPS = 60
-REFERENCE = {"breakout": {"random": 1.7, "human": 31.8, "one wall": 432, "both walls": 864}}
-# Random and human play: Mnih et al. 2015, extended data table 2. The walls: 432 points each.
+RANDOM_SCORE, HUMAN_SCORE = 1.7, 31.8  # on Breakout: Mnih et al. 2015, extended data table 2
 
 
 class RandomAgent(nn.Module):
@@ -1081,18 +1082,23 @@ def interval(scores: np.ndarray) -> float:
 
 
 def print_scores(scores: np.ndarray, rom: str) -> None:
-    """Mean, spread and histogram of `scores`, (games,) float; averages alone hide two humps."""
+    """Mean, spread and histogram of `scores`, (games,) float; an average alone hides two humps."""
     print(
         f"\n{len(scores)} games: mean {scores.mean():.2f} +- {interval(scores):.2f} (95 %), median "
         f"{np.median(scores):g}, from {scores.min():g} to {scores.max():g}"
     )
-    counts, edges = np.histogram(scores, bins=min(12, int(np.ptp(scores)) + 1))
-    for count, low, high in zip(counts, edges, edges[1:]):
-        bar = "█" * round(40 * count / counts.max())
-        print(f"  {low:7.1f} to {high:7.1f}  {count:5}  {bar}")
-    for name, score in REFERENCE.get(rom, {}).items():
-        share = 100 * (scores >= score).mean()
-        print(f"  {share:3.0f} % of the games reached {score:g}, {name}")
+    width = max(1, math.ceil((np.ptp(scores) + 1) / 12))
+    edges = np.arange(scores.min(), scores.max() + width + 1, width)
+    counts, _ = np.histogram(scores, edges)
+    for count, low in zip(counts, edges):
+        bar = "█" * math.ceil(40 * count / counts.max())
+        span = f"{low:g}" if width == 1 else f"{low:g} to {low + width - 1:g}"
+        print(f"  {span:>14}  {count:5}  {bar}")
+    if rom == "breakout":
+        for score, name in ((432, "one wall"), (864, "both walls, the most there is")):
+            share = 100 * (scores >= score).mean()
+            print(f"  {share:.0f} % of the games reached {score}, {name}")
+        print(f"  random play {RANDOM_SCORE}, a human {HUMAN_SCORE} (Mnih et al. 2015)")
 
 
 def evaluate(config: Config) -> Path:
@@ -1427,7 +1433,9 @@ class Player:
         key = cv2.waitKeyEx(max(1, round(seconds * 1000)))
         if key != -1 and key & 0xFF:
             self.press(chr(key & 0xFF).lower())
-        if cv2.getWindowProperty(self.TITLE, cv2.WND_PROP_VISIBLE) < 1:
+        try:
+            self.quit |= cv2.getWindowProperty(self.TITLE, cv2.WND_PROP_VISIBLE) < 1
+        except cv2.error:  # Qt forgets all about the last window that is closed
             self.quit = True
 
     def show(self, rgb: np.ndarray) -> None:
