@@ -15,7 +15,7 @@
     tensorboard --logdir runs
 
 The file reads once, from top to bottom: configuration, the game and its wrappers, the network,
-PPO, logs, training, playing, the command line. Each function calls only what stands above it.
+PPO, logs, training, playing, the command line. Functions call only what stands above them.
 
 Shapes, named the same everywhere: T steps of a rollout, N environments, B = T * N, M samples of a
 minibatch, A actions. Frames are uint8 until the network, actions int64, flags bool.
@@ -29,12 +29,14 @@ import ctypes
 import dataclasses
 import difflib
 import functools
+import itertools
 import json
 import math
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import warnings
 from collections import deque
@@ -87,7 +89,7 @@ class Config:
     # fmt: off
     run: bool = knob(False, "mode", "watch an agent play instead of training one")
     evaluate: int = knob(0, "mode", "play so many whole games, fast; report the scores", 0, 10**6)
-    record: str = knob("", "mode", "play into this file, .gif or .mp4, instead of a window")
+    record: str = knob("", "mode", "play into this file, .gif or .mp4, without a window")
     model_filename: str = knob("", "mode", "weights to play, or to start training from: a path, "
         "or a name in models/ (default: ai_breakout_game.mdl to play, none to train); 'random' "
         "plays without any")
@@ -95,8 +97,8 @@ class Config:
     env_id: str = knob("BreakoutNoFrameskip-v4", "game", "any ALE game that gymnasium registers")
     sticky_actions: float | None = knob(None, "game", "chance that the emulator repeats the last "
         "action instead (default: as --env-id has it, 0 for ...NoFrameskip-v4)", 0, 1)
-    max_frames: int = knob(108_000, "game", "emulator frames after which a game ends", 4, 10**9)
-    seed: int = knob(1, "game", "the same seed is the same run, to the last bit on a CPU", 0, 2**30)
+    max_frames: int = knob(108_000, "game", "emulator frames at which a game is cut off", 4, 10**9)
+    seed: int = knob(1, "game", "same seed and machine, same run; on a CPU to the bit", 0, 2**30)
     device: str = knob("auto", "game", "auto, cpu, cuda or mps; auto takes the fastest there is")
 
     greedy: bool = knob(False, "playing", "take the likeliest action instead of drawing one")
@@ -107,8 +109,8 @@ class Config:
     total_timesteps: int = knob(10_000_000, "training", "steps to train, all games together, in "
         "whole updates; on Breakout 1 M buy about 20 points, 10 M about 400", 1, 10**12)
     num_envs: int = knob(8, "training", "games played at once", 1, 4096)
-    multithreading: bool = knob(True, "training", "step the games on native threads; no: one after "
-        "the other through the Python wrappers, the same game more slowly")
+    multithreading: bool = knob(True, "training", "step the games on native threads; no: the same "
+        "games one after the other through the Python wrappers, to measure as to train")
 
     learning_rate: float = knob(2.5e-4, "PPO", "step size of Adam at the start", 0, 1)
     anneal_lr: bool = knob(True, "PPO", "lower the learning rate linearly to zero over the run")
@@ -317,7 +319,7 @@ class EpisodicLifeEnv(gym.Wrapper):
         actions = self.unwrapped.get_action_meanings()
         if not new_game and "FIRE" in actions:
             *_, served = self.step(actions.index("FIRE"))
-            new_game = self.game_over  # rare: the ball was lost while it was served
+            new_game = self.game_over  # rare: lost while it was served; `served` has the score
         if new_game:
             obs, info = self.env.reset(**kwargs)
             self.lives, self.game_over, self.last = info["lives"], False, (obs, served | info)
@@ -335,8 +337,8 @@ def make_env(game: Game, noop_max: int = NOOP_MAX, keep_rgb: bool = False) -> gy
     """One game behind the whole wrapper stack: what the native environment does, made readable.
 
     The grey picture is the emulator's own, its palette's luminance, so that both ways of stepping
-    the games show the same bytes. The true score of a whole game is counted below the lives and
-    the clipping, and comes as info["episode"] when the game is over.
+    the games show the agent the same bytes, at every step that it decides. The true score of a
+    whole game is counted below the lives and the clipping: info["episode"], once it is over.
     """
     sticky = game.sticky
     env = AtariEnv(game.rom, obs_type="grayscale", frameskip=1, repeat_action_probability=sticky)
@@ -362,8 +364,15 @@ class FinishedGame(NamedTuple):
 class StepResult(NamedTuple):
     """What one step of N games brought.
 
-    After an episode's end the next step is no decision: it resets the game, or serves the ball,
-    whatever the agent says. Such steps have `decided` False, and are not learnt from.
+    An episode is what the learner sees as one: a life. A game is all its lives. Resets take a step
+    of their own, of which the agent's action is no part:
+
+        step t       the last of an episode: terminated[i], and frames[i] are its last
+        step t + 1   serves the next ball, or starts the next game: decided[i] is False
+        step t + 2   the agent decides again
+
+    Steps that it did not decide are not learnt from. (Where there is no FIRE, the native games go
+    on after a lost life without such a step.)
     """
 
     frames: np.ndarray  # (N, 4, 84, 84) uint8 after the step; at an end, the episode's last
@@ -413,12 +422,14 @@ class NativeGames:
         if self.fire is not None:
             actions = np.where(self.ended, self.fire, actions)
         frames, rewards, terminated, truncated, info = self.env.step(actions)
-        restarted = info["episode_frame_number"] < self.frame_numbers
+        # A game that went on has more frames behind it now than before.
+        restarted = self.over | (info["episode_frame_number"] < self.frame_numbers)
         decided = ~(self.ended if self.fire is not None else restarted)
         self.lives, self.frame_numbers = info["lives"], info["episode_frame_number"]
         self.ended = terminated | truncated
 
-        finished = self.finish(restarted & ~self.over)  # Adventure ends with lives left: seen late
+        # Adventure ends with lives left, like a lost life: only its restart shows that it is over.
+        finished = self.finish(restarted & ~self.over)
         self.scores[restarted] = self.lengths[restarted] = 0
         self.scores += rewards
         self.lengths += ~restarted
@@ -517,6 +528,12 @@ def sample_actions(logits: Tensor, generator: torch.Generator) -> tuple[Tensor, 
 # --------------------------------------------------------------------------------------------------
 # PPO: Schulman et al., "Proximal Policy Optimization Algorithms", 2017, arXiv:1707.06347
 # --------------------------------------------------------------------------------------------------
+
+
+# The policy says how likely each action is, the value how much reward is still to come. Play T
+# steps with the policy as it is; where an action brought more than the value foresaw (that is its
+# advantage) make it likelier. The same steps can be learnt from several times, since the loss sees
+# no gain in moving an action's probability further than `clip_coef` from where it was in the game.
 
 
 class Rollout(NamedTuple):
@@ -654,11 +671,10 @@ def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
     return (x * mask).sum() / mask.sum().clamp(min=1)
 
 
-def normalise(advantages: Tensor, mask: Tensor) -> Tensor:
-    """Shift and scale `advantages` to mean 0 and standard deviation 1 over the steps in `mask`."""
-    centred = advantages - masked_mean(advantages, mask)
-    variance = (centred.square() * mask).sum() / (mask.sum() - 1).clamp(min=1)
-    return centred / (variance.sqrt() + 1e-8)
+def masked_var(x: Tensor, mask: Tensor) -> Tensor:
+    """Variance of `x` where `mask` holds, unbiased."""
+    centred = x - masked_mean(x, mask)
+    return (centred.square() * mask).sum() / (mask.sum() - 1).clamp(min=1)
 
 
 LOSS_NAMES = ("value_loss", "policy_loss", "entropy", "old_approx_kl", "approx_kl", "clipfrac")
@@ -684,7 +700,10 @@ def ppo_loss(
     ratio = log_ratio.exp()
 
     # Clipped surrogate objective, equation 7: nothing is gained by moving beyond 1 +- clip_coef.
-    advantages = normalise(batch.advantages, mask) if norm_adv else batch.advantages
+    advantages = batch.advantages
+    if norm_adv:
+        advantages = advantages - masked_mean(advantages, mask)
+        advantages = advantages / (masked_var(advantages, mask).sqrt() + 1e-8)
     clipped_ratio = ratio.clamp(1 - clip_coef, 1 + clip_coef)
     policy_loss = -masked_mean(torch.min(ratio * advantages, clipped_ratio * advantages), mask)
 
@@ -696,7 +715,7 @@ def ppo_loss(
     value_loss = 0.5 * masked_mean(errors, mask)
 
     entropy = masked_mean(-(all_log_probs.exp() * all_log_probs).sum(-1), mask)
-    loss = policy_loss - ent_coef * entropy + vf_coef * value_loss  # equation 9
+    loss = policy_loss - ent_coef * entropy + vf_coef * value_loss  # equation 9, its c1 halved
 
     with torch.no_grad():  # two estimates of KL(old, new): joschu.net/blog/kl-approx.html
         old_approx_kl = masked_mean(-log_ratio, mask)
@@ -736,14 +755,17 @@ def update(
             nn.utils.clip_grad_norm_(state.agent.parameters(), c.max_grad_norm)
             state.optimizer.step()
             history.append(parts)
-        if stop.requested or (c.target_kl and parts[LOSS_NAMES.index("approx_kl")] > c.target_kl):
+        approx_kl = history[-1][LOSS_NAMES.index("approx_kl")] if history else math.nan
+        if stop.requested or (c.target_kl is not None and approx_kl > c.target_kl):
             break
 
-    # Numbers leave the device only here, once an update: a GPU has to be waited for each time.
-    means = torch.stack(history).mean(0).tolist() if history else [math.nan] * len(LOSS_NAMES)
-    returns, errors = batch.returns[batch.mask], (batch.returns - batch.values)[batch.mask]
-    unexplained = errors.var(correction=0) / returns.var(correction=0).clamp(min=1e-8)
-    return dict(zip(LOSS_NAMES, means)) | {"explained_variance": 1 - unexplained.item()}
+    if not history:
+        return {}
+    # Numbers leave the device once an update: a GPU has to be waited for each time.
+    means = torch.stack(history).mean(0).tolist()
+    unexplained = masked_var(batch.returns - batch.values, batch.mask)
+    explained = 1 - unexplained / masked_var(batch.returns, batch.mask).clamp(min=1e-8)
+    return dict(zip(LOSS_NAMES, means)) | {"explained_variance": explained.item()}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -780,8 +802,8 @@ def find_model(name: str) -> Path:
         if path.is_file():
             return path
     raise UserError(
-        f"no model {name} here or in models/; `python3 {Path(sys.argv[0]).name} "
-        "--num-envs=8 --total-timesteps=3000` trains a first one"
+        f"no model {name} here or in models/; train one with `python3 {Path(sys.argv[0]).name} "
+        '--total-timesteps=3000` and name it: --model-filename="ai_breakout_game3000.mdl"'
     )
 
 
@@ -805,11 +827,10 @@ def load_agent(path: Path, game: Game, num_actions: int) -> tuple[Agent, dict[st
         raise UserError(f"{path} plays {about['game']}, not {game.rom}: add {hint}")
     agent = Agent(num_actions)
     for name, tensor in agent.state_dict().items():
-        found = tuple(weights[name].shape) if name in weights else "missing"
-        if found != tuple(tensor.shape):
-            raise UserError(
-                f"{path} does not fit {game.rom}: {name} is {found}, not {tuple(tensor.shape)}"
-            )
+        found, wanted = weights.get(name), tuple(tensor.shape)
+        found = "missing" if found is None else tuple(found.shape)
+        if found != wanted:
+            raise UserError(f"{path} does not fit {game.rom}: {name} is {found}, not {wanted}")
     agent.load_state_dict(weights, strict=False)  # names that the network does not know are let be
     return agent, {key: value for key, value in about.items() if key != "weights"}
 
@@ -930,19 +951,18 @@ def check_writable(folder: Path) -> None:
 def make_run_folder(env_id: str, seed: int) -> Path:
     """runs/<env>__<seed>__<time>; a second run in the same second gets a number behind it."""
     name = f"{env_id.replace('/', '-')}__{seed}__{time.strftime('%Y%m%d-%H%M%S')}"
-    number = 1
-    while True:
+    for number in itertools.count(1):
         folder = Path("runs") / (name if number == 1 else f"{name}-{number}")
-        try:
+        with contextlib.suppress(FileExistsError):
             folder.mkdir(parents=True)
             return folder
-        except FileExistsError:
-            number += 1
 
 
 def make_state(config: Config, game: Game, num_actions: int, device: torch.device) -> TrainState:
     """A run at its start; --model-filename gives the weights, else the seed draws them."""
     torch.manual_seed(config.seed)
+    if config.model_filename == "random":
+        raise UserError("--model-filename=random plays, but cannot be trained: leave it out")
     if config.model_filename:
         agent, _ = load_agent(find_model(config.model_filename), game, num_actions)
     else:
@@ -995,6 +1015,8 @@ def train(config: Config) -> Path:
                 if stop.requested:
                     break
                 losses = update(state, rollout, config, stop)
+                if stop.requested:
+                    break
                 state.update += 1
                 logger.log_update(state.global_step, config.batch_size, learning_rate, losses)
                 if logger.mean_return > state.best_return and logger.games >= 100:
@@ -1032,17 +1054,13 @@ class RandomAgent(nn.Module):
         return zeros, zeros[:, 0]
 
 
-def model_name(config: Config, game: Game) -> str:
-    """What --model-filename asks for; nothing asks for the shipped model of the game."""
-    return config.model_filename or f"ai_{game.rom}_game.mdl"
-
-
-def load_player(config: Config, games: NativeGames | WrappedGames, game: Game) -> nn.Module:
-    """The agent to play with."""
-    name, num_actions = model_name(config, game), len(games.action_names)
-    if name == "random":
-        return RandomAgent(num_actions)
-    return load_agent(find_model(name), game, num_actions)[0]
+def load_player(config: Config, game: Game, num_actions: int) -> tuple[nn.Module, Path]:
+    """The agent to play with, on its device, and its file; random has models/random_<game>."""
+    device = pick_device(config.device)
+    if config.model_filename == "random":
+        return RandomAgent(num_actions), Path("models") / f"random_{game.rom}"
+    path = find_model(config.model_filename or f"ai_{game.rom}_game.mdl")
+    return load_agent(path, game, num_actions)[0].to(device), path
 
 
 class Moment(NamedTuple):
@@ -1062,7 +1080,6 @@ def run_episodes(
     """Play for ever, all N games at once: the one game loop, for watching, recording, measuring."""
     device = pick_device(config.device)
     generator = torch.Generator(device).manual_seed(seed)
-    agent.to(device)
     frames = games.reset(seed)
     while True:
         seen = torch.from_numpy(frames).to(device).contiguous(memory_format=torch.channels_last)
@@ -1074,19 +1091,11 @@ def run_episodes(
         frames = result.frames
 
 
-def interval(scores: np.ndarray) -> float:
-    """Half the width of the mean's 95 % confidence interval, by the normal approximation."""
-    if len(scores) < 2:
-        return math.inf
-    return 1.96 * float(scores.std(ddof=1)) / math.sqrt(len(scores))
-
-
-def print_scores(scores: np.ndarray, rom: str) -> None:
+def print_scores(scores: np.ndarray, interval: float | None, rom: str) -> None:
     """Mean, spread and histogram of `scores`, (games,) float; an average alone hides two humps."""
-    print(
-        f"\n{len(scores)} games: mean {scores.mean():.2f} +- {interval(scores):.2f} (95 %), median "
-        f"{np.median(scores):g}, from {scores.min():g} to {scores.max():g}"
-    )
+    mean = f"mean {scores.mean():.2f}" + (f" +- {interval:.2f} (95 %)" if interval else "")
+    span = f"from {scores.min():g} to {scores.max():g}"
+    print(f"\n{len(scores)} games: {mean}, median {np.median(scores):g}, {span}")
     width = max(1, math.ceil((np.ptp(scores) + 1) / 12))
     edges = np.arange(scores.min(), scores.max() + width + 1, width)
     counts, _ = np.histogram(scores, edges)
@@ -1110,9 +1119,7 @@ def evaluate(config: Config) -> Path:
     game = find_game(config)
     slots = min(config.evaluate, 32)
     games = make_vector_env(game, slots, config.multithreading)
-    agent = load_player(config, games, game)
-    random = config.model_filename == "random"
-    model = Path("models/random") if random else find_model(model_name(config, game))
+    agent, model = load_player(config, game, len(games.action_names))
     report = model.with_suffix(".evaluation.json")
     check_writable(report.parent)
 
@@ -1130,10 +1137,13 @@ def evaluate(config: Config) -> Path:
     progress.close()
 
     scores = np.array([one.score for one in played])
-    print_scores(scores, game.rom)
+    # Half the width of the mean's 95 % interval; by the normal approximation, so none for one game.
+    spread = float(scores.std(ddof=1)) if len(scores) > 1 else None
+    interval = None if spread is None else 1.96 * spread / math.sqrt(len(scores))
+    print_scores(scores, interval, game.rom)
     about = {name: getattr(config, name) for name in ("env_id", "seed", "greedy", "max_frames")}
     about |= {"model": model.name, "sticky_actions": game.sticky, "episodes": len(scores)}
-    about |= {"mean": scores.mean(), "interval_95": interval(scores), "median": np.median(scores)}
+    about |= {"mean": scores.mean(), "interval_95": interval, "median": np.median(scores)}
     about |= {"scores": scores.tolist(), "lengths": [one.length for one in played]}
     report.parent.mkdir(parents=True, exist_ok=True)
     report.write_text(json.dumps(about, indent=1) + "\n")
@@ -1146,19 +1156,18 @@ PAPER, PLATE = (26, 22, 20), (48, 42, 38)
 INK, DIM, ACCENT = (240, 240, 240), (150, 145, 140), (60, 150, 255)
 
 
-@functools.cache
-def font() -> cv2.FontFace:
-    """OpenCV's built-in sans serif."""
-    return cv2.FontFace("sans")
+FONT = cv2.FontFace("sans")  # built into OpenCV
 
 
-def write(image: np.ndarray, text: str, x: float, y: float, size: float, **look: Any) -> None:
-    """Draw `text` into `image`, its base line beginning at (x, y); `look`: color, weight, right."""
-    weight, size = look.get("weight", 400), round(size)
-    if look.get("right"):
-        box = cv2.getTextSize((0, 0), text, (0, 0), font(), size, weight)
-        x -= box[2]
-    cv2.putText(image, text, (round(x), round(y)), look.get("color", INK), font(), size, weight)
+def write(
+    image: np.ndarray, text: str, x: float, y: float, size: float, color: tuple = INK,
+    weight: int = 400, right: bool = False,
+) -> None:  # fmt: skip
+    """Draw `text` into `image`; (x, y) is the left end of its base line, or the `right` one."""
+    size = round(size)
+    if right:
+        x -= cv2.getTextSize((0, 0), text, (0, 0), FONT, size, weight)[2]
+    cv2.putText(image, text, (round(x), round(y)), color, FONT, size, weight)
 
 
 class View:
@@ -1177,7 +1186,10 @@ class View:
         self.drawn = np.empty(0)
 
     def observe(self, moment: Moment, score: float, height: int) -> None:
-        """Take in a step of game 0 and draw the panel, `height` Atari pixels high."""
+        """Take in a step of game 0 and draw the panel, `height` Atari pixels high.
+
+        Frames, probabilities and value are those that led to the step, score and lives its result.
+        """
         self.values.append(float(moment.values[0]))
         self.drawn = np.full((height * self.scale, self.WIDTH * self.scale, 3), PAPER, np.uint8)
         self.draw_numbers(score, int(moment.result.lives[0]))
@@ -1249,7 +1261,7 @@ class Recorder:
     Until it is whole the file has another name. H.264 with 4:2:0 colour plays in every browser.
     """
 
-    GIF_SECONDS = 60  # a GIF is put together in memory: 250 kB a picture, 15 pictures a second
+    GIF_SECONDS = 40  # it is put together in memory: 600 pictures, up to half a megabyte each
 
     def __init__(self, path: Path) -> None:
         self.path, self.draft = path, path.with_name(f".{path.stem}.part{path.suffix}")
@@ -1317,31 +1329,40 @@ class Recorder:
         return f"{self.path}: {seconds:.1f} seconds, {self.path.stat().st_size / 1e6:.2f} MB"
 
 
+def watch(
+    agent: nn.Module, games: WrappedGames, config: Config, seed: int, view: View
+) -> Iterator[list[np.ndarray]]:
+    """Play a game for `view`; yields the emulator frames of each step, (210, 160, 3) uint8, RGB."""
+    for moment in run_episodes(agent, games, config, seed):
+        shots = games.env.call("take_frames")[0]
+        if shots:  # none: a life was lost in a game that goes on without FIRE
+            view.observe(moment, games.scores[0], len(shots[0]))
+            yield shots
+
+
 def record(config: Config) -> Path:
     """Play into --record, without a window: --episodes whole games, or --seconds."""
     game, path = find_game(config), Path(config.record)
     check_writable(path.parent)
     games = WrappedGames(game, 1, keep_rgb=True)
-    agent = load_player(config, games, game)
+    agent, _ = load_player(config, game, len(games.action_names))
     recorder = Recorder(path)
     view = View(games.action_names, 2 if recorder.is_gif else 3, config.panel)
-    seconds = config.seconds or math.inf
-    progress = Progress(round(seconds * EMULATOR_FPS) if config.seconds else None, "frames")
+    frames = round(config.seconds * EMULATOR_FPS) if config.seconds else None
+    progress = Progress(frames, "frames")
     try:
-        for moment in run_episodes(agent, games, config, config.seed):
-            shots = games.env.call("take_frames")[0]
-            view.observe(moment, games.scores[0], len(shots[0]))
+        for shots in watch(agent, games, config, config.seed, view):
+            shots = shots[: frames - recorder.count] if frames else shots
             for rgb in shots:
-                if recorder.count < seconds * EMULATOR_FPS:
-                    recorder.add(view.picture(rgb))
+                recorder.add(view.picture(rgb))
             progress.advance(len(shots), f"game {view.games + 1}, score {games.scores[0]:g}")
-            over = recorder.count >= seconds * EMULATOR_FPS or recorder.full
-            if over or (math.isinf(seconds) and view.games >= config.episodes):
+            enough = recorder.count == frames if frames else view.games == config.episodes
+            if enough or recorder.full:
                 break
     finally:  # Ctrl-C keeps what was recorded so far
         progress.close()
         print(recorder.close())
-    if recorder.full and seconds > recorder.GIF_SECONDS:
+    if recorder.full and not enough:
         print(f"A GIF ends after {recorder.GIF_SECONDS} seconds; an .mp4 has no end.")
     return path
 
@@ -1372,6 +1393,7 @@ class Player:
         self.paused = self.help = self.quit = self.restart = False
         self.steps_left = 0  # frames to show although paused
         self.recorder: Recorder | None = None
+        self.recordings = 0
         self.message, self.message_until = "h: keys", time.monotonic() + 4
         self.count, self.due = 0, time.monotonic()
         cv2.namedWindow(self.TITLE, cv2.WINDOW_AUTOSIZE | cv2.WINDOW_GUI_NORMAL)
@@ -1382,14 +1404,18 @@ class Player:
         self.message, self.message_until = message, time.monotonic() + 4
 
     def toggle_recorder(self, suffix: str) -> None:
-        """Start a recording in this folder, or end the one that runs."""
-        if self.recorder is not None:
-            line, self.recorder = self.recorder.close(), None
-            self.say(line)
-        else:
-            name = f"ai_breakout_game-{time.strftime('%Y%m%d-%H%M%S')}{suffix}"
+        """Start a recording in this folder, or end the one that runs, while the game goes on."""
+        if self.recorder is None:
+            self.recordings += 1
+            name = f"ai_breakout_game-{time.strftime('%Y%m%d-%H%M%S')}-{self.recordings}{suffix}"
             self.recorder = Recorder(Path(name))
             self.say(f"recording {name}")
+        elif self.recorder.path.suffix != suffix:
+            self.say(f"{self.recorder.path} is being recorded: end it first")
+        else:
+            recorder, self.recorder = self.recorder, None
+            # A long GIF takes seconds to put together. The program waits for it when it ends.
+            threading.Thread(target=lambda: self.say(recorder.close())).start()
 
     def press(self, key: str) -> None:
         """Do what a key asks for."""
@@ -1403,7 +1429,7 @@ class Player:
             self.steps_left = FRAME_SKIP
         elif key == "h":
             self.help = not self.help
-        elif key == "n":
+        elif key == "n" and self.recorder is None:  # a film has one size
             self.view.panel = not self.view.panel
         elif key in "gv":
             self.toggle_recorder(".gif" if key == "g" else ".mp4")
@@ -1430,9 +1456,9 @@ class Player:
 
     def wait(self, seconds: float) -> None:
         """Let the window live for so long, at least a millisecond, and do what its keys ask for."""
-        key = cv2.waitKeyEx(max(1, round(seconds * 1000)))
-        if key != -1 and key & 0xFF:
-            self.press(chr(key & 0xFF).lower())
+        key = cv2.waitKeyEx(max(1, round(seconds * 1000))) & 0xFFFF  # above: Shift, Num Lock
+        if 0 < key < 256:  # arrows and the like lie higher; -1, no key, as well
+            self.press(chr(key).lower())
         try:
             self.quit |= cv2.getWindowProperty(self.TITLE, cv2.WND_PROP_VISIBLE) < 1
         except cv2.error:  # Qt forgets all about the last window that is closed
@@ -1462,20 +1488,18 @@ def play(config: Config) -> None:
     """Open a window and let the agent play in it, until it is closed."""
     game = find_game(config)
     games = WrappedGames(game, 1, keep_rgb=True)
-    agent = load_player(config, games, game)
+    agent, _ = load_player(config, game, len(games.action_names))
     if not can_open_window():
         name = f"ai_breakout_game-{time.strftime('%Y%m%d-%H%M%S')}.mp4"
         print(f"There is no display to open a window on: recording one game to {name} instead.")
-        record(dataclasses.replace(config, record=name, episodes=1))
+        record(dataclasses.replace(config, record=name, episodes=1, seconds=None))
         return
     view = View(games.action_names, 3, config.panel)
     player, seed = Player(view), config.seed
     try:
         while not player.quit:
             player.restart = False
-            for moment in run_episodes(agent, games, config, seed):
-                shots = games.env.call("take_frames")[0]
-                view.observe(moment, games.scores[0], len(shots[0]))
+            for shots in watch(agent, games, config, seed, view):
                 for rgb in shots:
                     if not (player.quit or player.restart):
                         player.show(rgb)
@@ -1542,7 +1566,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the program. Returns its exit code: 0, 2 after a mistake of the user's, 130 on Ctrl-C."""
+    """Run the program. Returns its exit code: 0; 2 after a user's mistake; 130 on Ctrl-C, but
+    0 in training, which Ctrl-C ends as it should.
+    """
     try:
         config = Config(**vars(build_parser().parse_args(argv)))
         if config.evaluate:

@@ -262,6 +262,13 @@ def test_a_game_that_is_cut_off_is_truncated_and_shows_its_last_frame(kind):
     assert not result.decided[0] and result.frames[0, 0].max() == 0
 
 
+def test_games_cut_off_after_a_moment_are_counted_one_by_one():
+    games = script.NativeGames(script.Game("freeway", max_frames=24), 4)
+    games.reset(1)
+    lengths = [over.length for _ in range(60) for over in games.step(np.zeros(4, int)).finished]
+    assert lengths == [6] * len(lengths) and len(lengths) > 30
+
+
 @pytest.mark.parametrize("action", [-1, 4])
 def test_an_action_that_the_game_does_not_have_is_refused_before_it_can_hang(action):
     games = script.NativeGames(BREAKOUT, 2)

@@ -114,25 +114,33 @@ def write_other_shape(path):
 )
 def test_a_file_that_is_no_model_gets_one_line_and_runs_nothing(capsys, write, said):
     write(Path("bad.mdl"))
-    for mode in (["--evaluate=1"], ["--record=a.gif"], ["--run"], ["--total-timesteps=1"]):
-        assert script.main([*mode, "--model-filename=bad.mdl"]) == 2
-        output, errors = capsys.readouterr()
-        assert said in errors and errors.count("\n") == 1 and output == ""
-        assert os.listdir() == ["bad.mdl"]
+    assert script.main(["--evaluate=1", "--model-filename=bad.mdl"]) == 2
+    output, errors = capsys.readouterr()
+    assert said in errors and errors.count("\n") == 1 and output == ""
+    assert os.listdir() == ["bad.mdl"]
+
+
+@pytest.mark.parametrize("mode", ["--record=a.gif", "--run", "--total-timesteps=1"])
+def test_no_mode_takes_a_file_that_is_no_model(capsys, mode):
+    write_pickle(Path("bad.mdl"))
+    assert script.main([mode, "--model-filename=bad.mdl"]) == 2
+    output, errors = capsys.readouterr()
+    assert "bad.mdl is not a model" in errors and errors.count("\n") == 1 and output == ""
+    assert os.listdir() == ["bad.mdl"]
 
 
 # --------------------------------------------------------------------------------------- measuring
 
 
 def evaluation(*args):
-    assert script.main(["--evaluate=6", "--max-frames=2000", *args]) == 0
+    assert script.main(["--evaluate=6", "--max-frames=1000", *args]) == 0
     (path,) = Path().rglob("*.evaluation.json")
     return json.loads(path.read_text())
 
 
 def test_the_same_seed_gives_the_same_scores_and_another_seed_others():
-    first, again = (evaluation("--model-filename=random") for _ in range(2))
-    other = evaluation("--model-filename=random", "--seed=5")
+    first, again = (evaluation("--model-filename=random", "--max-frames=500") for _ in range(2))
+    other = evaluation("--model-filename=random", "--max-frames=500", "--seed=5")
     assert first == again
     assert first["scores"] != other["scores"]
 
@@ -165,7 +173,7 @@ def test_evaluation_is_a_plain_loop_over_whole_games(model):
     Path("mine.mdl").write_bytes(model.read_bytes())
     result = evaluation("--model-filename=mine.mdl", "--multithreading=no", "--seed=3")
     agent, _ = script.load_agent(model, BREAKOUT, 4)
-    assert sorted(result["scores"]) == slow_scores(agent, 6, 3, slots=6, max_frames=2000)
+    assert sorted(result["scores"]) == slow_scores(agent, 6, 3, slots=6, max_frames=1000)
 
 
 def test_every_slot_plays_its_share_so_that_short_games_are_not_counted_too_often(monkeypatch):
@@ -207,7 +215,7 @@ def test_scores_are_true_and_told_beside_the_literatures(capsys):
     assert len(result["scores"]) == len(result["lengths"]) == result["episodes"] == 6
     half = 1.96 * np.std(result["scores"], ddof=1) / 6**0.5
     assert result["interval_95"] == pytest.approx(half)
-    assert result["max_frames"] == 2000 and max(result["lengths"]) <= 500
+    assert result["max_frames"] == 1000 and max(result["lengths"]) <= 250
 
 
 def test_the_report_lies_beside_the_model(model, tmp_path):
@@ -347,3 +355,25 @@ def test_evaluation_into_a_pipe_shows_progress_in_plain_lines(tmp_path):
     done = run_script(*args, cwd=tmp_path)
     assert done.returncode == 0 and done.stderr == ""
     assert "1 games, " in done.stdout and " left; mean " in done.stdout
+
+
+def test_one_game_alone_has_no_interval_and_the_report_is_json_for_everybody(capsys):
+    assert script.main(["--evaluate=1", "--model-filename=random", "--max-frames=400"]) == 0
+    assert "+-" not in capsys.readouterr().out
+    report = json.loads(Path("models/random_breakout.evaluation.json").read_text())
+    assert report["interval_95"] is None
+
+
+def test_a_game_without_fire_is_recorded_through_its_lost_lives(monkeypatch):
+    lives = []
+    observe = script.View.observe
+    monkeypatch.setattr(
+        script.View, "observe",
+        lambda view, moment, *rest: (
+            lives.append(moment.result.lives[0]), observe(view, moment, *rest)
+        ),
+    )  # fmt: skip
+    args = ["--record=a.gif", "--seconds=14", "--model-filename=random", "--panel=no"]
+    assert script.main([*args, "--env-id=MsPacmanNoFrameskip-v4"]) == 0
+    assert min(lives) < max(lives)
+    assert sum(cv2.imreadanimation("a.gif")[1].durations) == pytest.approx(14_000, abs=100)
