@@ -32,16 +32,19 @@ def until(true, seconds=30):
     raise AssertionError(f"not within {seconds} seconds: {true}")
 
 
-@pytest.fixture(scope="module")
-def display():
-    """A screen of its own; its name."""
+@contextlib.contextmanager
+def screen():
+    """A screen of its own, with nothing on it; its name."""
     read, write = os.pipe()
     command = ["Xvfb", "-displayfd", str(write), "-screen", "0", "1280x900x24"]
     command += ["-noreset"]  # else it starts anew whenever its last window closes
     with subprocess.Popen(command, pass_fds=[write], stderr=subprocess.DEVNULL) as server:
         os.close(write)
-        yield ":" + os.read(read, 20).decode().strip()
-        server.terminate()
+        try:
+            yield ":" + os.read(read, 20).decode().strip()
+        finally:
+            os.close(read)
+            server.terminate()
 
 
 class Window:
@@ -54,6 +57,9 @@ class Window:
             self.process = subprocess.Popen(
                 command, cwd=folder, env=self.env, stdout=output, stderr=errors
             )
+        self.name = ""
+
+    def wait_until_it_plays(self):
         self.name = until(lambda: self.tool("search", "--name", "^ai_breakout_game$"))
         until(lambda: self.look().shape == (630, 900, 3) and self.playing())
 
@@ -93,25 +99,31 @@ class Window:
         return self.process.wait(30) == 0 and (self.folder / "errors").read_text() == ""
 
 
-def opened(display, folder):
-    """A window for as long as the fixture lives."""
-    window = Window(display, folder)
-    yield window
-    with contextlib.suppress(ProcessLookupError):
-        window.process.kill()
-        window.process.wait()
+@contextlib.contextmanager
+def opened(folder):
+    """A window, alone on its screen, closed at the end whatever happened."""
+    with screen() as display:
+        window = Window(display, folder)
+        try:
+            window.wait_until_it_plays()
+            yield window
+        finally:
+            window.process.kill()
+            window.process.wait()
 
 
 @pytest.fixture(scope="module")
-def window(display, tmp_path_factory):
+def window(tmp_path_factory):
     """One window for all tests that leave it as they found it."""
-    yield from opened(display, tmp_path_factory.mktemp("window"))
+    with opened(tmp_path_factory.mktemp("window")) as window:
+        yield window
 
 
 @pytest.fixture
-def own_window(display, tmp_path):
+def own_window(tmp_path):
     """A window that the test may close."""
-    yield from opened(display, tmp_path)
+    with opened(tmp_path) as window:
+        yield window
 
 
 def test_it_opens_and_shows_the_game_in_its_true_colours_beside_the_panel(window):
@@ -221,9 +233,8 @@ def test_r_starts_a_new_game(window):
 
 @pytest.mark.slow
 @pytest.mark.timeout(700)
-def test_memory_stays_flat(display, tmp_path):
-    psutil = pytest.importorskip("psutil")
-    window = Window(display, tmp_path)
+def test_memory_stays_flat(own_window):
+    psutil, window = pytest.importorskip("psutil"), own_window
     for _ in range(3):
         window.press("plus")
     sizes = []
