@@ -632,6 +632,9 @@ def collect_rollout(
     Returns the steps taken in each game, T unless `stop` was requested before, and the games that
     ended, each with the step it ended at, counted from 1.
     """
+    # Where a default update's 1.33 s go (two cores): 0.89 s to learning, as fast as a large matrix
+    # product, and 0.44 s here: 0.20 the emulator, 0.18 the network, which reads 6.4 MB of weights
+    # for 8 frames. Two halves of the games by turns, or one thread to act, were not faster.
     finished: list[tuple[int, FinishedGame]] = []
     num_steps = len(rollout.actions)
     rollout.frames[0] = rollout.frames[-1]
