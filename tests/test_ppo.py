@@ -323,3 +323,15 @@ def test_a_stop_leaves_the_weights_between_two_steps():
     losses = script.update(state, rollout, config, StopNow())
     assert steps == 0 and losses == {}
     assert all(torch.equal(before[name], x) for name, x in state.agent.state_dict().items())
+
+
+@pytest.mark.parametrize("size", [8, 256])
+def test_the_hidden_layer_is_a_linear_layer_whatever_multiplies_it(size):
+    layer = script.Dense(3136, 512)
+    x, weights = torch.randn(size, 3136, requires_grad=True), torch.randn(size, 512)
+    results = []
+    for y in (layer(x), torch.nn.functional.linear(x, layer.weight, layer.bias)):
+        inputs = (x, layer.weight, layer.bias)
+        results.append([y, *torch.autograd.grad((y * weights).sum(), inputs)])
+    for got, wanted in zip(*results):
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-3)
