@@ -496,8 +496,9 @@ def init_layer(layer: nn.Module, gain: float = math.sqrt(2)) -> nn.Module:
 class Dense(nn.Linear):
     """nn.Linear, but large batches on a CPU are multiplied by oneDNN, as a 1x1 convolution.
 
-    torch leaves matrix products to MKL, which on AMD uses half the width of the processor: this
-    takes 9.5 ms instead of 15.5, forward and backward of 256 samples, 9 % of the whole update.
+    torch leaves matrix products to MKL, which reaches 190 GFLOP/s on an AMD processor where the
+    convolutions reach 350: this takes 9.5 ms instead of 15.5, forward and backward of 256 samples,
+    and 8 % off the whole update.
     """
 
     def forward(self, x: Tensor) -> Tensor:
