@@ -2,8 +2,8 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
-#   "ale-py==0.12.1", "av==18.1.0", "gymnasium==1.4.0", "numpy>=2.0,<3",
-#   "opencv-python==5.0.0.93", "pillow==13.0.0", "tensorboard==2.21.0",
+#   "ale-py==0.12.1", "av==18.1.0", "filelock==4.2.12", "gymnasium==1.4.0",
+#   "numpy>=2.0,<3", "opencv-python==5.0.0.93", "pillow==13.0.0", "tensorboard==2.21.0",
 #   "torch==2.13.0", "tqdm==4.70.1",
 # ]
 # ///
@@ -28,10 +28,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import ctypes
 import dataclasses
 import difflib
 import functools
+import hashlib
+import io
 import itertools
 import json
 import math
@@ -42,8 +45,9 @@ import sys
 import threading
 import time
 import warnings
+import zipfile
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, get_args, get_type_hints
 
@@ -64,6 +68,7 @@ import numpy as np
 import torch
 from ale_py.env import AtariEnv
 from ale_py.vector_env import AtariVectorEnv
+from filelock import FileLock, Timeout
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -77,6 +82,10 @@ ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)  # no banner for ever
 
 class UserError(Exception):
     """A mistake the user can mend: `main` prints it as one line and exits with code 2."""
+
+
+class RunError(Exception):
+    """A run that cannot go on: `main` prints it as one line and exits with code 1."""
 
 
 def knob(default: Any, group: str, text: str, low: float = -math.inf, high: float = math.inf):
@@ -114,6 +123,12 @@ class Config:
     num_envs: int = knob(8, "training", "games played at once", 1, 4096)
     multithreading: bool = knob(True, "training", "step the games on native threads; no: the same "
         "games one after the other through the Python wrappers, to measure as to train")
+    resume: str = knob("", "training", "go on with a run, exactly where its last checkpoint left "
+        "it: runs/<name>, or latest; of the other flags only --total-timesteps may be raised")
+    checkpoint_minutes: float = knob(5.0, "training", "minutes between two checkpoints; 0: one "
+        "after every update", 0)
+    replay_steps: int = knob(8192, "training", "steps after which a game's next start is seeded "
+        "anew, which takes 0.1 s: a resume plays what came since once more", 1, 10**9)
 
     learning_rate: float = knob(2.5e-4, "PPO", "step size of Adam at the start", 0, 1)
     anneal_lr: bool = knob(True, "PPO", "lower the learning rate linearly to zero over the run")
@@ -383,11 +398,26 @@ class StepResult(NamedTuple):
     terminated: np.ndarray  # (N,) bool: a life was lost, or the game is over
     truncated: np.ndarray  # (N,) bool: the game was cut off
     decided: np.ndarray  # (N,) bool: the agent's action was carried out
+    restarted: np.ndarray  # (N,) bool: a new game began
     lives: np.ndarray  # (N,) int
     finished: list[FinishedGame]
 
 
-class NativeGames:
+class VectorGames:
+    """What both ways of stepping N games have: `reset`, `start`, `step`, and what they count."""
+
+    def __init__(self, num_envs: int, action_names: list[str]) -> None:
+        self.num_envs, self.action_names = num_envs, action_names
+        self.lives, self.frame_numbers = np.zeros((2, num_envs), int)
+        self.ended = np.zeros(num_envs, bool)  # the last step ended an episode
+        self.pulse = 0  # odd while the emulator's threads are waited for: see Watchdog
+
+    def reset(self, seed: int) -> np.ndarray:
+        """Start all games anew, game i from seed + i. Returns frames, (N, 4, 84, 84) uint8."""
+        return self.start(np.ones(self.num_envs, bool), seed + np.arange(self.num_envs))
+
+
+class NativeGames(VectorGames):
     """N games on ale-py's own threads: the wrapper stack in C++."""
 
     def __init__(self, game: Game, num_envs: int, noop_max: int = NOOP_MAX) -> None:
@@ -400,15 +430,21 @@ class NativeGames:
             life_loss_info=True,  # not episodic_life, which builds a whole new wall at every life
             reward_clipping=False,  # clipped here, after the true score is counted
         )
-        self.action_names = [action.name for action in self.env.ale.get_action_set()]
+        super().__init__(num_envs, [action.name for action in self.env.ale.get_action_set()])
         self.fire = self.action_names.index("FIRE") if "FIRE" in self.action_names else None
 
-    def reset(self, seed: int) -> np.ndarray:
-        """Start all games anew, game i from seed + i. Returns frames, (N, 4, 84, 84) uint8."""
-        frames, info = self.env.reset(seed=seed)
+        self.scores, self.lengths = np.zeros(num_envs), np.zeros(num_envs, int)
+        self.over = np.zeros(num_envs, bool)  # the last step ended the game
+
+    def start(self, slots: np.ndarray, seeds: np.ndarray) -> np.ndarray:
+        """Start the games of `slots`, (N,) bool, anew from their `seeds`, (N,) int.
+
+        Returns the frames of all, (N, 4, 84, 84) uint8. It takes 0.1 s a game: the cartridge is
+        read again, and what follows depends on nothing but the seed and the actions.
+        """
+        frames, info = self.env.reset(seed=seeds[slots], options={"reset_mask": slots})
         self.lives, self.frame_numbers = info["lives"], info["episode_frame_number"]
-        self.scores, self.lengths = np.zeros(len(frames)), np.zeros(len(frames), int)
-        self.ended = self.over = np.zeros(len(frames), bool)  # a life or the game; the game
+        self.scores[slots] = self.lengths[slots] = self.ended[slots] = self.over[slots] = 0
         return frames
 
     def finish(self, slots: np.ndarray) -> list[FinishedGame]:
@@ -424,7 +460,9 @@ class NativeGames:
             raise IndexError(f"actions {actions}: the game has {len(self.action_names)}")
         if self.fire is not None:
             actions = np.where(self.ended, self.fire, actions)
+        self.pulse += 1
         frames, rewards, terminated, truncated, info = self.env.step(actions)
+        self.pulse += 1
         # A game that went on has more frames behind it now than before.
         restarted = self.over | (info["episode_frame_number"] < self.frame_numbers)
         decided = ~(self.ended if self.fire is not None else restarted)
@@ -438,11 +476,13 @@ class NativeGames:
         self.lengths += ~restarted
         self.over = truncated | (terminated & (self.lives == 0))
         finished += self.finish(self.over)
-        rewards = np.sign(rewards).astype(np.float32)
-        return StepResult(frames, rewards, terminated, truncated, decided, self.lives, finished)
+        return StepResult(
+            frames, np.sign(rewards).astype(np.float32), terminated, truncated, decided, restarted,
+            self.lives, finished,
+        )  # fmt: skip
 
 
-class WrappedGames:
+class WrappedGames(VectorGames):
     """N games one after the other through the Python wrappers: slower, and open to be changed."""
 
     def __init__(
@@ -451,12 +491,18 @@ class WrappedGames:
         make = functools.partial(make_env, game, noop_max, keep_rgb)
         mode = gym.vector.AutoresetMode.NEXT_STEP
         self.env = gym.vector.SyncVectorEnv([make] * num_envs, autoreset_mode=mode)
-        self.action_names = self.env.envs[0].unwrapped.get_action_meanings()
+        super().__init__(num_envs, self.env.envs[0].unwrapped.get_action_meanings())
 
-    def reset(self, seed: int) -> np.ndarray:
-        """Start all games anew, game i from seed + i. Returns frames, (N, 4, 84, 84) uint8."""
-        frames, info = self.env.reset(seed=seed)
-        self.lives, self.ended = info["lives"], np.zeros(len(frames), bool)
+    def start(self, slots: np.ndarray, seeds: np.ndarray) -> np.ndarray:
+        """Start the games of `slots`, (N,) bool, anew from their `seeds`, (N,) int.
+
+        Returns the frames of all, (N, 4, 84, 84) uint8.
+        """
+        seeds = [int(seed) if slot else None for slot, seed in zip(slots, seeds)]
+        frames, info = self.env.reset(seed=seeds, options={"reset_mask": slots})
+        self.lives = np.where(slots, info["lives"], self.lives)
+        self.frame_numbers = np.where(slots, info["episode_frame_number"], self.frame_numbers)
+        self.ended = self.ended & ~slots
         return frames
 
     @property
@@ -468,17 +514,76 @@ class WrappedGames:
         """Take `actions`, (N,) int64."""
         frames, rewards, terminated, truncated, info = self.env.step(actions)
         decided, self.ended, self.lives = ~self.ended, terminated | truncated, info["lives"]
+        restarted = info["episode_frame_number"] < self.frame_numbers
+        self.frame_numbers = info["episode_frame_number"]
         finished = [
             FinishedGame(int(i), float(info["episode"]["r"][i]), int(info["episode"]["l"][i]))
             for i in np.flatnonzero(info.get("_episode", []))
         ]
-        rewards = rewards.astype(np.float32)
-        return StepResult(frames, rewards, terminated, truncated, decided, self.lives, finished)
+        return StepResult(
+            frames, rewards.astype(np.float32), terminated, truncated, decided, restarted,
+            self.lives, finished,
+        )  # fmt: skip
 
 
 def make_vector_env(game: Game, num_envs: int, multithreading: bool) -> NativeGames | WrappedGames:
     """N games behind one interface: `reset`, `step`, `action_names`, `scores`, `lives`."""
     return (NativeGames if multithreading else WrappedGames)(game, num_envs)
+
+
+class ReplayableGames:
+    """N games that can be brought back, in another process, to the very pixels they had here.
+
+    The emulator's state cannot be read out, but it follows from a game's seed and the actions
+    since. So these are kept; and lest they become too many, the first new game that begins after
+    `replay_steps` begins from a new seed. No game is cut off for that, and no score lost.
+    """
+
+    def __init__(self, games: NativeGames | WrappedGames, replay_steps: int) -> None:
+        self.games, self.replay_steps = games, replay_steps
+
+    def reset(self, seed: int) -> np.ndarray:
+        """Start all games anew, game i from seed + i. Returns frames, (N, 4, 84, 84) uint8."""
+        self.seeds = seed + np.arange(self.games.num_envs)
+        self.ages = np.zeros_like(self.seeds)  # steps since the seed
+        self.actions: deque[np.ndarray] = deque()  # (N,) uint8 each, since the oldest seed
+        return self.games.reset(seed)
+
+    def step(self, actions: np.ndarray) -> StepResult:
+        """Take `actions`, (N,) int64."""
+        result = self.games.step(actions)
+        self.actions.append(actions.astype(np.uint8))
+        self.ages += 1
+        old = result.restarted & (self.ages >= self.replay_steps)
+        if old.any():
+            self.seeds[old] += self.games.num_envs
+            self.ages[old] = 0
+            frames = self.games.start(old, self.seeds)
+            result = result._replace(frames=frames, lives=self.games.lives)
+            while len(self.actions) > self.ages.max():
+                self.actions.popleft()
+        return result
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """All that brings the games back: seeds, ages (N,) int64, actions (oldest, N) uint8."""
+        actions = np.array(self.actions, np.uint8).reshape(-1, self.games.num_envs)
+        state = {"seeds": self.seeds, "ages": self.ages, "actions": actions}
+        return {name: torch.from_numpy(array.copy()) for name, array in state.items()}
+
+    def load_state_dict(self, saved: dict[str, Tensor]) -> np.ndarray:
+        """Play again what `saved` has. Returns frames, (N, 4, 84, 84) uint8.
+
+        A game whose seed is younger than the oldest starts once only its own steps are left.
+        """
+        self.seeds, self.ages, actions = (saved[x].numpy() for x in ("seeds", "ages", "actions"))
+        self.actions = deque(actions)
+        frames = self.games.start(np.ones_like(self.ages, bool), self.seeds)
+        for left, step in zip(reversed(range(len(actions))), actions):
+            frames = self.games.step(step.astype(np.int64)).frames
+            young = self.ages == left
+            if young.any():
+                frames = self.games.start(young, self.seeds)
+        return frames
 
 
 # --------------------------------------------------------------------------------------------------
@@ -588,28 +693,59 @@ def make_rollout(num_steps: int, num_envs: int, device: torch.device) -> Rollout
 
 @dataclasses.dataclass
 class TrainState:
-    """What a run has come to."""
+    """What a run has come to: with the games, all that a resume needs."""
 
     agent: nn.Module
     optimizer: torch.optim.Optimizer
     generator: torch.Generator  # draws actions and minibatches
+    about: dict[str, Any]  # which game the agent plays, for those who load its weights
     update: int = 0
     global_step: int = 0  # steps taken, all games together
+    games: int = 0  # that are over
     best_return: float = -math.inf  # highest mean score of 100 games
+    scores: deque[float] = dataclasses.field(default_factory=lambda: deque(maxlen=100))
+
+    COUNTERS = ("update", "global_step", "games", "best_return")
+
+    @property
+    def mean_return(self) -> float:
+        """Mean true score of the last 100 games, nan before the first."""
+        return sum(self.scores) / len(self.scores) if self.scores else math.nan
+
+    def state_dict(self) -> dict[str, Any]:
+        """A copy of it all that goes on changing no more: tensors, numbers, strings, by name."""
+        state = self.about | {name: getattr(self, name) for name in self.COUNTERS}
+        state |= {"scores": list(self.scores), "mean_return": self.mean_return}
+        state |= {"weights": dict(self.agent.state_dict())}
+        state |= {"optimizer": self.optimizer.state_dict()}
+        return copy.deepcopy(state) | {"generator": self.generator.get_state()}
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        """Become what `saved` was a copy of."""
+        self.agent.load_state_dict(saved["weights"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.generator.set_state(saved["generator"])
+        self.scores.extend(saved["scores"])
+        for name in self.COUNTERS:
+            setattr(self, name, saved[name])
 
 
 class StopRequest:
-    """Turns Ctrl-C and SIGTERM into a flag: training stops between two steps, never inside one."""
+    """Turns Ctrl-C, SIGTERM and SIGHUP into a flag: training stops between two steps."""
 
     def __enter__(self) -> StopRequest:
         self.requested = False
-        self.before = {s: signal.signal(s, self.handle) for s in (signal.SIGINT, signal.SIGTERM)}
+        signals = [signal.SIGINT, signal.SIGTERM]
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+            signals.append(signal.SIGHUP)  # nohup has it ignored
+        self.before = {signum: signal.signal(signum, self.handle) for signum in signals}
         return self
 
     def handle(self, signum: int, frame: Any) -> None:
-        """Once is enough: later signals change nothing while the weights are being saved."""
+        """Once is enough: later signals change nothing while the state is being saved."""
         if not self.requested:
-            os.write(2, b"\nStopping after this step; saving ...\n")  # print may be what it breaks
+            with contextlib.suppress(OSError):  # the terminal may be what was closed
+                os.write(2, b"\nStopping; saving ...\n")  # print may be what it interrupted
         self.requested = True
 
     def __exit__(self, *error: Any) -> None:
@@ -626,22 +762,20 @@ def anneal(config: Config, state: TrainState) -> float:
 
 @torch.no_grad()
 def collect_rollout(
-    state: TrainState, games: NativeGames | WrappedGames, rollout: Rollout, stop: StopRequest
-) -> tuple[int, list[tuple[int, FinishedGame]]]:
-    """Play T steps into `rollout`, from where the last rollout ended.
+    state: TrainState, games: ReplayableGames, rollout: Rollout, stop: StopRequest
+) -> list[tuple[int, FinishedGame]]:
+    """Play T steps into `rollout`, from where the last one ended, or until `stop` is requested.
 
-    Returns the steps taken in each game, T unless `stop` was requested before, and the games that
-    ended, each with the step it ended at, counted from 1.
+    Returns the games that ended, each with the step it ended at, counted from 1.
     """
     # Where a default update's 1.33 s go (two cores): 0.89 s to learning, as fast as a large matrix
     # product, and 0.44 s here: 0.20 the emulator, 0.18 the network, which reads 6.4 MB of weights
     # for 8 frames. Two halves of the games by turns, or one thread to act, were not faster.
     finished: list[tuple[int, FinishedGame]] = []
-    num_steps = len(rollout.actions)
     rollout.frames[0] = rollout.frames[-1]
-    for t in range(num_steps):
+    for t in range(len(rollout.actions)):
         if stop.requested:
-            return t, finished
+            break
         logits, rollout.values[t] = state.agent(rollout.frames[t])
         rollout.actions[t], rollout.log_probs[t] = sample_actions(logits, state.generator)
         result = games.step(rollout.actions[t].cpu().numpy())
@@ -652,7 +786,7 @@ def collect_rollout(
         rollout.decided[t] = torch.from_numpy(result.decided)
         finished += [(t + 1, game) for game in result.finished]
     rollout.values[-1] = state.agent(rollout.frames[-1])[1]
-    return num_steps, finished
+    return finished
 
 
 def compute_gae(
@@ -699,7 +833,9 @@ def masked_var(x: Tensor, mask: Tensor) -> Tensor:
     return (centred.square() * mask).sum() / (mask.sum() - 1).clamp(min=1)
 
 
-LOSS_NAMES = ("value_loss", "policy_loss", "entropy", "old_approx_kl", "approx_kl", "clipfrac")
+LOSS_NAMES = (
+    "value_loss", "policy_loss", "entropy", "old_approx_kl", "approx_kl", "clipfrac", "grad_norm",
+)  # fmt: skip
 
 
 def ppo_loss(
@@ -714,7 +850,7 @@ def ppo_loss(
 ) -> tuple[Tensor, Tensor]:
     """The loss of a minibatch, given what the network says now: logits (M, A), values (M,).
 
-    Returns the loss, a scalar, and its parts without gradient, (6,), in the order of LOSS_NAMES.
+    Returns the loss, a scalar, and its parts without gradient, (6,), named by LOSS_NAMES.
     """
     mask = batch.mask
     all_log_probs = logits.log_softmax(-1)
@@ -747,12 +883,27 @@ def ppo_loss(
     return loss, torch.stack([part.detach() for part in parts])
 
 
+def learn_minibatch(state: TrainState, minibatch: Batch, config: Config) -> Tensor:
+    """One step of the optimizer. Returns the parts of the loss and the gradient's length, (7,)."""
+    c = config
+    logits, values = state.agent(minibatch.frames)
+    loss, parts = ppo_loss(
+        logits, values, minibatch, c.clip_coef, c.ent_coef, c.vf_coef, c.norm_adv, c.clip_vloss
+    )
+    state.optimizer.zero_grad()
+    loss.backward()
+    norm = nn.utils.clip_grad_norm_(state.agent.parameters(), c.max_grad_norm)
+    state.optimizer.step()
+    return torch.cat([parts, norm[None]])
+
+
 def update(
     state: TrainState, rollout: Rollout, config: Config, stop: StopRequest
 ) -> dict[str, float]:
     """Learn from a rollout: `update_epochs` passes over its B steps, in minibatches of M.
 
-    Returns the parts of the loss, means over all minibatches, and the explained variance.
+    Returns the parts of the loss, means over all minibatches, and the explained variance; {} if
+    `stop` was requested before. Raises RunError once there is a number that is none.
     """
     r, c = rollout, config
     advantages = compute_gae(r.rewards, r.values, r.terminated, r.dones, c.gamma, c.gae_lambda)
@@ -766,31 +917,22 @@ def update(
         order = torch.randperm(c.batch_size, generator=state.generator, device=device)
         for pick in order.split(c.minibatch_size):
             if stop.requested:
-                break
+                return {}
             # index_select copies whole frames, ten times as fast as [pick], in their memory order.
             frames = pixels.index_select(0, pick).permute(0, 3, 1, 2)
             minibatch = Batch(frames, *(x[pick] for x in batch[1:]))
-            logits, values = state.agent(minibatch.frames)
-            loss, parts = ppo_loss(
-                logits, values, minibatch,
-                c.clip_coef, c.ent_coef, c.vf_coef, c.norm_adv, c.clip_vloss,
-            )  # fmt: skip
-            state.optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(state.agent.parameters(), c.max_grad_norm)
-            state.optimizer.step()
-            history.append(parts)
-        approx_kl = history[-1][LOSS_NAMES.index("approx_kl")] if history else math.nan
-        if stop.requested or (c.target_kl is not None and approx_kl > c.target_kl):
+            history.append(learn_minibatch(state, minibatch, c))
+        if c.target_kl is not None and history[-1][LOSS_NAMES.index("approx_kl")] > c.target_kl:
             break
 
-    if not history:
-        return {}
-    # Numbers leave the device once an update: a GPU has to be waited for each time.
-    means = torch.stack(history).mean(0).tolist()
     unexplained = masked_var(batch.returns - batch.values, batch.mask)
     explained = 1 - unexplained / masked_var(batch.returns, batch.mask).clamp(min=1e-8)
-    return dict(zip(LOSS_NAMES, means)) | {"explained_variance": explained.item()}
+    weights = sum(parameter.detach().sum() for parameter in state.agent.parameters())
+    # Numbers leave the device once an update: a GPU has to be waited for each time.
+    numbers = torch.cat([torch.stack(history).mean(0), explained[None], weights[None]]).tolist()
+    if not all(map(math.isfinite, numbers)):
+        raise RunError(f"update {state.update + 1} came to numbers that are none (nan or inf)")
+    return dict(zip((*LOSS_NAMES, "explained_variance"), numbers))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -798,34 +940,71 @@ def update(
 # --------------------------------------------------------------------------------------------------
 
 
-def save_file(content: dict[str, Any], path: Path) -> None:
-    """Write `content` so that `path` is always whole: the old file or the new, never a half."""
+SEAL = b"ai_breakout_game 1 sha256 "  # 1: the version of what is saved
+LARGEST_FILE = 2**28  # bytes; a checkpoint takes 21 MB
+
+
+def save_file(content: dict[str, Any], path: Path, keep: Path | None = None) -> None:
+    """Write `content` so that `path` is always whole: the old file or the new, never a half.
+
+    It is torch.save's zip archive, with a checksum of all before it as the archive's comment.
+    The old file becomes `keep`. Raises OSError.
+    """
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    data = buffer.getvalue()[:-2]  # the last two bytes say how long the comment is: 0
+    comment = SEAL + hashlib.sha256(data).hexdigest().encode()
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(draft, "wb") as file:
-            torch.save(content, file)
+            file.write(data + len(comment).to_bytes(2, "little") + comment)
             file.flush()
             os.fsync(file.fileno())
+        if keep and path.exists():
+            os.replace(path, keep)
         os.replace(draft, path)
     finally:
         draft.unlink(missing_ok=True)
 
 
-def save_agent(state: TrainState, path: Path, about: dict[str, Any], mean_return: float) -> None:
-    """Write the weights and what is to be known about them: tensors, numbers, strings only."""
-    parameters = state.agent.state_dict().items()
-    weights = {name: tensor.cpu().contiguous() for name, tensor in parameters}
-    learnt = {"steps": state.global_step, "mean_return": mean_return}
-    save_file({"weights": weights, **about, **learnt}, path)
+def read_file(path: Path, kind: str) -> tuple[Any, bool]:
+    """What torch.save or `save_file` wrote, and whether it was the latter.
+
+    Nothing in the file is run, and nothing in it grows: an archive that is packed, or larger than
+    its file, is refused like one that does not match its checksums. Raises UserError.
+    """
+    try:
+        if path.stat().st_size > LARGEST_FILE:
+            raise ValueError(f"larger than {LARGEST_FILE >> 20} MB")
+        data = path.read_bytes()
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            entries, comment = archive.infolist(), archive.comment
+            size = sum(entry.file_size for entry in entries)
+            if size > len(data) or any(entry.compress_type for entry in entries):
+                raise ValueError("packed")
+            body = data[: -2 - len(comment)]
+            seal = SEAL + hashlib.sha256(body).hexdigest().encode()
+            if comment.startswith(SEAL[:17]) and not comment.startswith(SEAL):
+                raise ValueError("another version of this program saved it")
+            if comment != seal if comment else archive.testzip():
+                raise ValueError("its checksum does not match")
+        with warnings.catch_warnings(action="ignore"):
+            content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        return content, bool(comment)
+    except Exception as error:  # a dozen kinds; those of this program and the system have a reason
+        known = isinstance(error, OSError | ValueError) and len(str(error)) < 80
+        reason = str(error) if known else type(error).__name__
+        raise UserError(f"{path} is not a {kind}: {reason}") from None
 
 
 def find_model(name: str) -> Path:
     """A model's file: `name` as it stands, or in models/ here, or in models/ beside this script."""
     shipped = Path(__file__).resolve().parent / "models"
     for path in (Path(name), Path("models") / name, shipped / name):
-        if path.is_file():
-            return path
+        with contextlib.suppress(OSError, ValueError):  # a name no file can have
+            if path.is_file():
+                return path
     raise UserError(
         f"no model {name} here or in models/; train one with `python3 {Path(sys.argv[0]).name} "
         '--total-timesteps=3000` and name it: --model-filename="ai_breakout_game3000.mdl"'
@@ -838,11 +1017,7 @@ def load_agent(path: Path, game: Game, num_actions: int) -> tuple[Agent, dict[st
     Nothing in the file is run. Returns the agent, and what the file says about it: {} for a bare
     state_dict. Raises UserError for a file that is no model, or that of another game.
     """
-    try:
-        with warnings.catch_warnings(action="ignore"):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a dozen kinds, all of which mean that this is no model
-        raise UserError(f"{path} is not a model ({type(error).__name__})") from None
+    content, _ = read_file(path, "model")
     about = content if isinstance(content, dict) and "weights" in content else {}
     weights = about.get("weights", content)
     if not isinstance(weights, dict) or not all(isinstance(x, Tensor) for x in weights.values()):
@@ -856,8 +1031,22 @@ def load_agent(path: Path, game: Game, num_actions: int) -> tuple[Agent, dict[st
         found = "missing" if found is None else tuple(found.shape)
         if found != wanted:
             raise UserError(f"{path} does not fit {game.rom}: {name} is {found}, not {wanted}")
-    agent.load_state_dict(weights, strict=False)  # names that the network does not know are let be
+    try:
+        agent.load_state_dict(weights, strict=False)  # other names in it are let be
+    except RuntimeError:  # weights of a strange kind: sparse, of no device
+        raise UserError(f"{path} is not a model: its weights are no plain tensors") from None
+    if not all(weight.isfinite().all() for weight in agent.parameters()):
+        raise UserError(f"{path} is not a model: not all of its weights are numbers")
     return agent, {key: value for key, value in about.items() if key != "weights"}
+
+
+def say(text: str) -> None:
+    """Print a line. A terminal that was closed, or a broken pipe, ends no training."""
+    try:
+        tqdm.write(text)  # above the bar
+        sys.stdout.flush()
+    except OSError:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
 
 def duration(seconds: float) -> str:
@@ -866,88 +1055,196 @@ def duration(seconds: float) -> str:
     return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
 
 
+class Checkpoints:
+    """Keeps a copy of what the last whole update came to, and writes it every few minutes.
+
+    So whatever happens in the middle of an update, there is a state to go on from. The file before
+    the newest stays until the newest is whole.
+    """
+
+    NEWEST, PREVIOUS, DAMAGED = "checkpoint.pt", "checkpoint.previous.pt", "checkpoint.damaged.pt"
+    RETRY = 60  # seconds, after a full disk
+
+    def __init__(self, folder: Path, config: Config) -> None:
+        self.folder, self.knobs = folder, dataclasses.asdict(config)
+        self.seconds = 60 * config.checkpoint_minutes
+        self.due = time.monotonic() + self.seconds
+        self.content: dict[str, Any] = {}
+        self.models: dict[Path, dict[str, Any]] = {}  # to be written along with it
+
+    def keep(self, state: TrainState, games: ReplayableGames) -> None:
+        """Copy all that a resume needs: 20 MB, a few milliseconds."""
+        self.content = state.state_dict() | {"config": self.knobs, "replay": games.state_dict()}
+
+    def keep_model(self, path: Path) -> None:
+        """Have the next `write` also write the model that is kept now to `path`."""
+        weights = {name: x.cpu().contiguous() for name, x in self.content["weights"].items()}
+        names = ("game", "env_id", "actions", "frame_stack", "seed", "mean_return")
+        about = {name: self.content[name] for name in names}
+        self.models[path] = {"weights": weights, "steps": self.content["global_step"], **about}
+
+    def write(self) -> bool:
+        """Write what is kept; say so if that fails. Returns whether all went well."""
+        files = [(path, model, None) for path, model in self.models.items()]
+        files.append((self.folder / self.NEWEST, self.content, self.folder / self.PREVIOUS))
+        self.due = time.monotonic() + self.seconds
+        failed = 0
+        for path, content, keep in files:
+            try:
+                save_file(content, path, keep)
+                self.models.pop(path, None)
+            except OSError as error:
+                say(f"could not save {path} ({error.strerror}); will try again")
+                self.due = time.monotonic() + min(self.seconds, self.RETRY)
+                failed += 1
+        return not failed
+
+    @classmethod
+    def read(cls, folder: Path) -> dict[str, Any]:
+        """The newest checkpoint in `folder` that is whole; a damaged one is named and set aside.
+
+        Raises UserError where there is none.
+        """
+        problem = f"{folder}/ holds no checkpoint to go on from"
+        for path in (folder / cls.NEWEST, folder / cls.PREVIOUS):
+            if not path.exists():
+                continue
+            try:
+                content, sealed = read_file(path, "checkpoint")
+            except UserError as error:
+                problem = str(error)
+                continue
+            if not sealed or not isinstance(content, dict) or "replay" not in content:
+                problem = f"{path} is not a checkpoint"
+                continue
+            if path.name == cls.PREVIOUS and (folder / cls.NEWEST).exists():
+                say(f"{problem}; going on from {path.name}")
+                os.replace(folder / cls.NEWEST, folder / cls.DAMAGED)
+            return content
+        raise UserError(problem)
+
+
 class Progress:
     """A bar on a terminal; in a file or a pipe a plain line at first, then twice a minute."""
 
-    def __init__(self, total: int | None, unit: str) -> None:
+    def __init__(self, total: int | None, unit: str, initial: int = 0) -> None:
         self.bar = tqdm(
-            total=total, unit=f" {unit}", unit_scale=True, dynamic_ncols=True,
+            total=total, initial=initial, unit=f" {unit}", unit_scale=True, dynamic_ncols=True,
             disable=not sys.stderr.isatty(),
         )  # fmt: skip
-        self.total, self.unit, self.done = total, unit, 0
+        self.total, self.unit, self.initial, self.done = total, unit, initial, initial
         self.started, self.next_line = time.monotonic(), 0.0
+
+    @property
+    def seconds(self) -> float:
+        """Since the start; the wall clock may be set back meanwhile."""
+        return max(time.monotonic() - self.started, 1e-9)
 
     @property
     def speed(self) -> float:
         """Units a second since the start."""
-        return self.done / max(time.monotonic() - self.started, 1e-9)
+        return (self.done - self.initial) / self.seconds
 
     def advance(self, units: int, text: str) -> None:
         """So many more are done; `text` says what came of it."""
         self.done += units
-        self.bar.set_postfix_str(text, refresh=False)
-        self.bar.update(units)
-        seconds = time.monotonic() - self.started
-        if self.bar.disable and seconds >= self.next_line:
-            self.next_line = seconds + 30
+        with contextlib.suppress(OSError):  # the terminal was closed
+            self.bar.set_postfix_str(text, refresh=False)
+            self.bar.update(units)
+        if self.bar.disable and self.seconds >= self.next_line:
+            self.next_line = self.seconds + 30
             line = f"{self.done:,} {self.unit}, {self.speed:,.4g} a second"
             if self.total:
                 line += f", {duration((self.total - self.done) / self.speed)} left"
-            print(f"{line}; {text}", flush=True)
+            say(f"{line}; {text}")
 
     def close(self) -> None:
         """Leave the bar as it stands."""
-        self.bar.close()
+        with contextlib.suppress(OSError):
+            self.bar.close()
 
 
 class Logger:
-    """Takes every finished game and every update's metrics; feeds TensorBoard and the progress."""
+    """Takes every finished game and every update's metrics; feeds TensorBoard and the progress.
 
-    def __init__(self, folder: Path, config: Config) -> None:
+    What cannot be written, since the disk is full, is kept until it can.
+    """
+
+    FLUSH, RETRY = 10, 60  # seconds between two attempts, and after one that failed
+
+    def __init__(self, folder: Path, config: Config, state: TrainState) -> None:
+        self.folder, self.config, self.writer = folder, config, None
+        self.pending: list[tuple[str, float, int, float]] = []  # tag, value, step, wall time
+        self.due, self.next_step = 0.0, state.global_step + 1
+        self.progress = Progress(config.num_updates * config.batch_size, "steps", state.global_step)
+
+    def open_writer(self) -> Any:
+        """A new file of events; what older files have from its first step on is to be ignored."""
         # Imported here, since it takes a second, which playing can do without.
         from torch.utils.tensorboard import SummaryWriter
         from torch.utils.tensorboard.summary import hparams
 
-        self.scores: deque[float] = deque(maxlen=100)
-        self.games = 0
-        self.writer = SummaryWriter(str(folder), flush_secs=10)
-        knobs = {k: str(v) if v is None else v for k, v in dataclasses.asdict(config).items()}
+        # The thread that writes would print a traceback; `flush` says in a line what it died of.
+        threading.excepthook = lambda failure: None
+        writer = SummaryWriter(str(self.folder), purge_step=self.next_step)
+        knobs = {k: str(v) if v is None else v for k, v in dataclasses.asdict(self.config).items()}
         rows = "".join(f"|{name}|{value}|\n" for name, value in knobs.items())
-        self.writer.add_text("config", "|knob|value|\n|-|-|\n" + rows)
+        writer.add_text("config", "|knob|value|\n|-|-|\n" + rows, self.next_step)
         for summary in hparams(knobs, {"charts/mean_return_100": 0.0}):
-            self.writer.file_writer.add_summary(summary)  # add_hparams would open a second run
-        self.progress = Progress(config.num_updates * config.batch_size, "steps")
+            writer.file_writer.add_summary(summary)  # add_hparams would open a second run
+        return writer
 
-    @property
-    def mean_return(self) -> float:
-        """Mean true score of the last 100 games, nan before the first."""
-        return sum(self.scores) / len(self.scores) if self.scores else math.nan
+    def flush(self) -> None:
+        """Write what is pending. If that fails, it says so, and the next attempt is a new file's.
 
-    def log_games(self, start: int, num_envs: int, over: list[tuple[int, FinishedGame]]) -> None:
-        """The games that ended in a rollout begun at step `start`, each at the step it ended at."""
-        for t, game in over:
-            self.games += 1
-            self.scores.append(game.score)
-            step = start + t * num_envs
-            self.writer.add_scalar("charts/episodic_return", game.score, step)
-            self.writer.add_scalar("charts/episodic_length", game.length, step)
-            self.writer.add_scalar("charts/mean_return_100", self.mean_return, step)
+        A file that broke off cannot be read beyond that point.
+        """
+        try:
+            self.writer = self.writer or self.open_writer()
+            for tag, value, step, when in self.pending:
+                self.writer.add_scalar(tag, value, step, when)
+            self.writer.flush()
+            self.next_step = max([self.next_step, *(step + 1 for _, _, step, _ in self.pending)])
+            self.pending.clear()
+            self.due = time.monotonic() + self.FLUSH
+        except Exception as error:  # whatever its thread died of
+            say(f"could not write curves to {self.folder}/ ({error}); will try again")
+            with contextlib.suppress(Exception):
+                self.writer.close()
+            self.writer, self.due = None, time.monotonic() + self.RETRY
 
-    def log_update(
-        self, step: int, batch_size: int, learning_rate: float, losses: dict[str, float]
+    def log_games(
+        self, state: TrainState, num_envs: int, over: list[tuple[int, FinishedGame]]
     ) -> None:
-        """What an update brought, which ended at `step`."""
-        text = f"mean score {self.mean_return:.2f} in {self.games:,} games"
-        self.progress.advance(batch_size, text if self.games else "no game is over yet")
+        """Count the games that ended in the rollout since, each at the step it ended at."""
+        for t, game in over:
+            state.games += 1
+            state.scores.append(game.score)  # `mean_return` follows
+            step, now = state.global_step + t * num_envs, time.time()
+            self.pending += [
+                ("charts/episodic_return", game.score, step, now),
+                ("charts/episodic_length", game.length, step, now),
+                ("charts/mean_return_100", state.mean_return, step, now),
+            ]
+
+    def log_update(self, state: TrainState, learning_rate: float, losses: dict[str, float]) -> None:
+        """What an update brought that has just ended."""
+        text = f"mean score {state.mean_return:.2f} in {state.games:,} games"
+        steps = state.global_step - self.progress.done
+        self.progress.advance(steps, text if state.games else "no game is over yet")
         metrics = {f"losses/{name}": value for name, value in losses.items()}
         metrics |= {"charts/learning_rate": learning_rate, "charts/SPS": self.progress.speed}
-        for tag, value in metrics.items():
-            self.writer.add_scalar(tag, value, step)
+        now = time.time()
+        self.pending += [(tag, value, state.global_step, now) for tag, value in metrics.items()]
+        if time.monotonic() >= self.due:
+            self.flush()
 
     def close(self) -> None:
         """Write what is not yet written."""
+        self.flush()
         self.progress.close()
-        self.writer.close()
+        if self.writer:
+            self.writer.close()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -973,88 +1270,217 @@ def check_writable(folder: Path) -> None:
         raise UserError(f"cannot write to {folder}/: {place} is no folder that may be written to")
 
 
-def make_run_folder(env_id: str, seed: int) -> Path:
+class Run(NamedTuple):
+    """Where a run lies, and what it had come to when its last checkpoint was written."""
+
+    folder: Path
+    lock: FileLock  # held: no other process trains it
+    saved: dict[str, Any]  # empty for a new run
+
+
+def lock_run(folder: Path) -> FileLock:
+    """Nobody else may train it now, until this process ends, however it ends. Raises UserError."""
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UserError(f"{folder}/ is being trained by another process") from None
+    return lock
+
+
+def new_run(env_id: str, seed: int) -> Run:
     """runs/<env>__<seed>__<time>; a second run in the same second gets a number behind it."""
     name = f"{env_id.replace('/', '-')}__{seed}__{time.strftime('%Y%m%d-%H%M%S')}"
     for number in itertools.count(1):
         folder = Path("runs") / (name if number == 1 else f"{name}-{number}")
         with contextlib.suppress(FileExistsError):
             folder.mkdir(parents=True)
-            return folder
+            return Run(folder, lock_run(folder), {})
 
 
-def make_state(config: Config, game: Game, num_actions: int, device: torch.device) -> TrainState:
+def find_run(name: str) -> Path:
+    """The folder of the run `name`: a path, a name in runs/, or latest. Raises UserError."""
+    folders = [Path(name), Path("runs") / name]
+    if name == "latest":
+        found = Path("runs").glob("*/checkpoint*.pt")
+        folders = [path.parent for path in sorted(found, key=lambda path: path.stat().st_mtime)]
+        folders.reverse()
+    for folder in folders:
+        with contextlib.suppress(OSError, ValueError):  # a name no folder can have
+            if folder.is_dir():
+                return folder
+    raise UserError(f"--resume={name}: there is no such run; they lie in runs/")
+
+
+# What may differ when a run is resumed. Any other knob would make it another run.
+RESUME_KNOBS = ("resume", "total_timesteps", "checkpoint_minutes", "device")
+
+
+def resume_run(given: dict[str, Any]) -> tuple[Config, Run]:
+    """The run to go on with, and its knobs; `given` are those typed. Raises UserError."""
+    for mode in ("run", "evaluate", "record"):
+        if given.get(mode):
+            raise UserError(f"--resume trains: it does not go with --{mode}")
+    folder = find_run(given["resume"])
+    check_writable(folder)
+    was_there = (folder / ".lock").exists()
+    lock = lock_run(folder)
+    try:
+        saved = Checkpoints.read(folder)
+        knobs = saved["config"]
+        for name, value in given.items():
+            if name not in RESUME_KNOBS and value != knobs[name]:
+                flag = f"--{name.replace('_', '-')}"
+                raise UserError(f"{flag}={value} would make it another run: it has {knobs[name]}")
+        if given.get("total_timesteps", math.inf) < knobs["total_timesteps"]:
+            raise UserError(
+                f"--total-timesteps can only be raised: it is {knobs['total_timesteps']}"
+            )
+        changed = {name: given[name] for name in RESUME_KNOBS[1:] if name in given}
+        return Config(**knobs | changed), Run(folder, lock, saved)
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{folder}/ holds no checkpoint of this program: {error}") from None
+    except UserError:
+        lock.release()
+        if not was_there:  # a mistake writes nothing
+            (folder / ".lock").unlink()
+        raise
+
+
+def make_state(
+    config: Config, game: Game, actions: list[str], device: torch.device, resumed: bool = False
+) -> TrainState:
     """A run at its start; --model-filename gives the weights, else the seed draws them."""
     torch.manual_seed(config.seed)
     if config.model_filename == "random":
         raise UserError("--model-filename=random plays, but cannot be trained: leave it out")
-    if config.model_filename:
-        agent, _ = load_agent(find_model(config.model_filename), game, num_actions)
+    if config.model_filename and not resumed:
+        agent, _ = load_agent(find_model(config.model_filename), game, len(actions))
     else:
-        agent = Agent(num_actions)
+        agent = Agent(len(actions))
     agent.to(device)
     # fused: one pass over the 1.7 M parameters instead of a dozen, 0.8 ms a step for 3.9 on a CPU.
     fused = device.type in ("cpu", "cuda")
     optimizer = torch.optim.Adam(agent.parameters(), config.learning_rate, eps=1e-5, fused=fused)
-    return TrainState(agent, optimizer, torch.Generator(device).manual_seed(config.seed))
+    about = {"game": game.rom, "env_id": config.env_id, "actions": actions}
+    about |= {"frame_stack": FRAME_STACK, "seed": config.seed}
+    return TrainState(agent, optimizer, torch.Generator(device).manual_seed(config.seed), about)
 
 
-def print_summary(config: Config, state: TrainState, logger: Logger, path: Path) -> None:
+class Watchdog:
+    """Ends the program when a thread of the emulator died, which the others wait for in silence."""
+
+    PATIENCE = 30  # seconds; a step takes milliseconds
+
+    def __init__(self, games: VectorGames, last_deed: Callable[[], Any] = lambda: None) -> None:
+        self.games, self.last_deed, self.done = games, last_deed, threading.Event()
+
+    def __enter__(self) -> None:
+        threading.Thread(target=self.watch, daemon=True).start()
+
+    def __exit__(self, *error: Any) -> None:
+        self.done.set()
+
+    def watch(self) -> None:
+        """Look once a second. Looks are counted, not time: a machine may sleep in between."""
+        seen, looks = 0, 0
+        while not self.done.wait(1):
+            pulse = self.games.pulse
+            looks = looks + 1 if pulse % 2 and pulse == seen else 0
+            seen = pulse
+            if looks >= self.PATIENCE:
+                self.last_deed()
+                os.write(2, f"the emulator has not answered for {looks} seconds\n".encode())
+                os._exit(1)  # the main thread waits inside the emulator, where nothing reaches it
+
+
+def print_summary(content: dict[str, Any], progress: Progress, run: Run, path: Path) -> None:
     """What was learnt, how fast, where it lies, and which command shows it."""
-    seconds, steps = time.monotonic() - logger.progress.started, state.global_step
-    verb = "Trained" if state.update == config.num_updates else "Stopped after"
-    print(
-        f"\n{verb} {steps:,} steps, {logger.games:,} games, in {duration(seconds)}: "
-        f"{steps / seconds:,.0f} steps/s"
-    )
-    if logger.scores:
-        best = f", at best {state.best_return:.2f}" if math.isfinite(state.best_return) else ""
-        print(f"mean score of the last {len(logger.scores)} games {logger.mean_return:.2f}{best}")
+    config, steps = Config(**content["config"]), content["global_step"]
+    verb = "Trained" if content["update"] == config.num_updates else "Stopped after"
+    text = f"\n{verb} {steps:,} steps, {content['games']:,} games, in "
+    text += f"{duration(progress.seconds)}: {progress.speed:,.0f} steps/s"
+    if run.saved:
+        text += f", resumed at {run.saved['global_step']:,}"
+    if content["scores"]:
+        best = content["best_return"]
+        best = f", at best {best:.2f}" if math.isfinite(best) else ""
+        text += f"\nmean score of the last {len(content['scores'])} games "
+        text += f"{content['mean_return']:.2f}{best}"
     flag = "" if config.env_id == Config().env_id else f" --env-id={config.env_id}"
-    watch = f'{Path(sys.argv[0]).name} --run=1 --model-filename="{path.name}"{flag}'
-    print(f"  weights  {path}\n  curves   tensorboard --logdir runs\n  watch    python3 {watch}")
+    script = f"python3 {Path(sys.argv[0]).name}"
+    text += f"\n  weights  {path}\n  curves   tensorboard --logdir {run.folder.parent}"
+    text += f'\n  watch    {script} --run=1 --model-filename="{path.name}"{flag}'
+    more = "" if verb != "Trained" else f" --total-timesteps={2 * config.total_timesteps}"
+    say(text + f"\n  go on    {script} --resume={run.folder}{more}")
 
 
-def train(config: Config) -> Path:
-    """Train an agent, or train one further. Returns where its weights lie."""
+def set_up(config: Config, run: Run | None) -> tuple[TrainState, ReplayableGames, Rollout, Run]:
+    """All that training needs, new or as the checkpoint of `run` has it. Raises UserError."""
     game, device = find_game(config), pick_device(config.device)
     for name in ("runs", "models"):
         check_writable(Path(name))
     games = make_vector_env(game, config.num_envs, config.multithreading)
-    state = make_state(config, game, len(games.action_names), device)
-    rollout = make_rollout(config.num_steps, config.num_envs, device)
-    rollout.frames[-1] = torch.from_numpy(games.reset(config.seed))
-    about = {"game": game.rom, "env_id": config.env_id, "actions": games.action_names}
-    about |= {"frame_stack": FRAME_STACK, "seed": config.seed}
+    games = ReplayableGames(games, config.replay_steps)
+    state = make_state(config, game, games.games.action_names, device, resumed=bool(run))
+    try:
+        rollout = make_rollout(config.num_steps, config.num_envs, device)
+    except RuntimeError:
+        gigabytes = config.batch_size * FRAME_STACK * FRAME_SIZE**2 / 1e9
+        raise UserError(f"a batch of {gigabytes:,.0f} GB has no room in memory") from None
+    if run:
+        say(f"{run.folder}/ at step {run.saved['global_step']:,}; bringing the games back ...")
+        try:
+            state.load_state_dict(run.saved)
+            frames = games.load_state_dict(run.saved["replay"])
+        except Exception as error:
+            raise UserError(f"{run.folder}/ holds no checkpoint of this run: {error}") from None
+    else:
+        frames = games.reset(config.seed)
+        run = new_run(config.env_id, config.seed)
+    rollout.frames[-1] = torch.from_numpy(frames)
+    say(f"{config.env_id}, {config.num_envs} games, on {device}; curves in {run.folder}/")
+    return state, games, rollout, run
 
-    folder = make_run_folder(config.env_id, config.seed)
-    print(f"{config.env_id}, {config.num_envs} games, on {device}; curves in {folder}/", flush=True)
-    logger = Logger(folder, config)
-    with StopRequest() as stop:
+
+def train(config: Config, run: Run | None = None) -> Path:
+    """Train an agent, or go on with a `run`. Returns where its weights lie."""
+    state, games, rollout, run = set_up(config, run)
+    logger, checkpoints = Logger(run.folder, config, state), Checkpoints(run.folder, config)
+    checkpoints.keep(state, games)
+    with run.lock, StopRequest() as stop, Watchdog(games.games, checkpoints.write):
+        if not run.saved:
+            checkpoints.write()
         try:
             while state.update < config.num_updates and not stop.requested:
                 learning_rate = anneal(config, state)
-                steps, over = collect_rollout(state, games, rollout, stop)
-                logger.log_games(state.global_step, config.num_envs, over)
-                state.global_step += steps * config.num_envs
-                if stop.requested:
-                    break
+                over = collect_rollout(state, games, rollout, stop)
                 losses = update(state, rollout, config, stop)
-                if stop.requested:
+                if stop.requested:  # in its midst: a resume begins it anew
                     break
+                logger.log_games(state, config.num_envs, over)
                 state.update += 1
-                logger.log_update(state.global_step, config.batch_size, learning_rate, losses)
-                if logger.mean_return > state.best_return and logger.games >= 100:
-                    state.best_return = logger.mean_return
-                    save_agent(state, folder / "best.mdl", about, logger.mean_return)
+                state.global_step += config.batch_size
+                logger.log_update(state, learning_rate, losses)
+                is_best = state.games >= 100 and state.mean_return > state.best_return
+                state.best_return = state.mean_return if is_best else state.best_return
+                checkpoints.keep(state, games)
+                if is_best:
+                    checkpoints.keep_model(run.folder / "best.mdl")
+                if time.monotonic() >= checkpoints.due:
+                    logger.flush()
+                    checkpoints.write()
         finally:  # whatever ended it, what was learnt is kept
             finished = state.update == config.num_updates
             steps = config.total_timesteps if finished else state.global_step
-            path = Path("models") / f"ai_{game.rom}_game{steps}.mdl"
-            for place in (folder / "last.mdl", path):
-                save_agent(state, place, about, logger.mean_return)
+            path = Path("models") / f"ai_{state.about['game']}_game{steps}.mdl"
+            for place in (run.folder / "last.mdl", path):
+                checkpoints.keep_model(place)
             logger.close()
-    print_summary(config, state, logger, path)
+            saved = checkpoints.write()
+            print_summary(checkpoints.content, logger.progress, run, path)
+    if not saved:
+        raise RunError(f"not all was saved: make room, then --resume={run.folder} goes on")
     return path
 
 
@@ -1151,14 +1577,15 @@ def evaluate(config: Config) -> Path:
     shares = [len(range(slot, config.evaluate, slots)) for slot in range(slots)]
     played: list[FinishedGame] = []
     progress = Progress(config.evaluate, "games")
-    for moment in run_episodes(agent, games, config, config.seed):
-        for over in moment.result.finished:
-            if shares[over.slot]:
-                shares[over.slot] -= 1
-                played.append(over)
-                progress.advance(1, f"mean {np.mean([one.score for one in played]):.2f}")
-        if not any(shares):
-            break
+    with Watchdog(games):
+        for moment in run_episodes(agent, games, config, config.seed):
+            for over in moment.result.finished:
+                if shares[over.slot]:
+                    shares[over.slot] -= 1
+                    played.append(over)
+                    progress.advance(1, f"mean {np.mean([one.score for one in played]):.2f}")
+            if not any(shares):
+                break
     progress.close()
 
     scores = np.array([one.score for one in played])
@@ -1586,16 +2013,20 @@ def build_parser() -> argparse.ArgumentParser:
             default = f"{default:,}"
         text = field.metadata["help"].replace("%", "%%")
         text += "" if default in (None, "") else f" (default: {default})"
-        group.add_argument(flag, default=field.default, help=text, **options)
+        group.add_argument(flag, default=argparse.SUPPRESS, help=text, **options)
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the program. Returns its exit code: 0; 2 after a user's mistake; 130 on Ctrl-C, but
-    0 in training, which Ctrl-C ends as it should.
+    """Run the program. Returns its exit code: 0; 1 if a run could not go on; 2 after a user's
+    mistake; 130 on Ctrl-C, but 0 in training, which Ctrl-C ends as it should.
     """
     try:
-        config = Config(**vars(build_parser().parse_args(argv)))
+        given = vars(build_parser().parse_args(argv))  # the flags that were typed, no others
+        if given.get("resume"):
+            train(*resume_run(given))
+            return 0
+        config = Config(**given)
         if config.evaluate:
             evaluate(config)
         elif config.record:
@@ -1605,9 +2036,9 @@ def main(argv: list[str] | None = None) -> int:
         else:
             train(config)
         return 0
-    except UserError as error:
+    except (UserError, RunError) as error:
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
-        return 2
+        return 2 if isinstance(error, UserError) else 1
     except KeyboardInterrupt:
         return 130
 

@@ -40,7 +40,8 @@ def our_parts(device_name):
     config = script.Config(num_envs=ENVS, num_steps=STEPS, device=device_name)
     game, device = script.find_game(config), script.pick_device(device_name)
     games = script.make_vector_env(game, ENVS, True)
-    state = script.make_state(config, game, len(games.action_names), device)
+    games = script.ReplayableGames(games, config.replay_steps)
+    state = script.make_state(config, game, games.games.action_names, device)
     rollout = script.make_rollout(STEPS, ENVS, device)
     rollout.frames[-1] = torch.from_numpy(games.reset(1))
     return script, config, games, state, rollout
@@ -50,15 +51,18 @@ def ours(updates, device):
     """Training steps a second of this script, TensorBoard included."""
     script, config, games, state, rollout = our_parts(device)
     with tempfile.TemporaryDirectory() as folder:
-        logger = script.Logger(Path(folder), config)
+        logger = script.Logger(Path(folder), config, state)
+        checkpoints = script.Checkpoints(Path(folder), config)
         for update in range(updates + 1):
             if update == 1:  # the first one warms up
                 start = time.perf_counter()
             rate = script.anneal(config, state)
-            _, over = script.collect_rollout(state, games, rollout, NeverStop())
-            logger.log_games(state.global_step, ENVS, over)
+            over = script.collect_rollout(state, games, rollout, NeverStop())
             losses = script.update(state, rollout, config, NeverStop())
-            logger.log_update(state.global_step, BATCH, rate, losses)
+            logger.log_games(state, ENVS, over)
+            state.global_step += BATCH
+            logger.log_update(state, rate, losses)
+            checkpoints.keep(state, games)
         seconds = time.perf_counter() - start
         logger.close()
     return updates * BATCH / seconds

@@ -183,6 +183,7 @@ def test_every_slot_plays_its_share_so_that_short_games_are_not_counted_too_ofte
         """Slot 0 ends a game of score 0 each step, every other slot one of score 9 each tenth."""
 
         action_names = ("NOOP", "FIRE")
+        pulse = 0
 
         def __init__(self, game, num_envs, multithreading):
             self.num_envs, self.steps = num_envs, 0
@@ -197,7 +198,7 @@ def test_every_slot_plays_its_share_so_that_short_games_are_not_counted_too_ofte
                 over += [script.FinishedGame(i, 9.0, 10) for i in range(1, self.num_envs)]
             counted.extend(over)
             none = np.zeros(self.num_envs)
-            return script.StepResult(self.reset(0), none, none, none, none, none, over)
+            return script.StepResult(self.reset(0), none, none, none, none, none, none, over)
 
     monkeypatch.setattr(script, "make_vector_env", UnfairGames)
     report = script.evaluate(script.Config(evaluate=64, model_filename="random"))

@@ -106,7 +106,7 @@ def start(*args, cwd):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_stops_it_with_everything_saved(tmp_path, number):
     process = start(*QUICK, cwd=tmp_path)
     for line in process.stdout:
@@ -116,7 +116,7 @@ def test_a_signal_stops_it_with_everything_saved(tmp_path, number):
     process.send_signal(number)
     output, errors = process.communicate(timeout=60)
     assert process.returncode == 0
-    assert errors == "\nStopping after this step; saving ...\n"
+    assert errors == "\nStopping; saving ...\n"
     steps = int(re.search(r"Stopped after ([\d,]+) steps", output)[1].replace(",", ""))
     path = only((tmp_path / "models").iterdir())
     assert path.name == f"ai_breakout_game{steps}.mdl"
@@ -140,7 +140,7 @@ def test_an_error_in_the_middle_keeps_what_was_learnt(tmp_path, monkeypatch):
     config = script.Config(num_envs=2, num_steps=32, num_minibatches=2, update_epochs=1)
     with pytest.raises(RuntimeError, match="the cable"):
         script.train(config)
-    assert torch.load("models/ai_breakout_game192.mdl", weights_only=True)["steps"] == 192
+    assert torch.load("models/ai_breakout_game128.mdl", weights_only=True)["steps"] == 128
 
 
 def test_the_best_weights_so_far_are_kept_in_the_runs_folder(tmp_path, monkeypatch):
@@ -171,7 +171,7 @@ def test_training_goes_on_from_a_model(trained, tmp_path, monkeypatch, capsys):
 def test_two_runs_of_one_second_have_two_folders(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(time, "strftime", lambda form: "20300101-000000")
-    folders = {script.make_run_folder("ALE/Pong-v5", 7) for _ in range(3)}
+    folders = {script.new_run("ALE/Pong-v5", 7).folder for _ in range(3)}
     assert {folder.name for folder in folders} == {
         "ALE-Pong-v5__7__20300101-000000",
         "ALE-Pong-v5__7__20300101-000000-2",
