@@ -1120,6 +1120,8 @@ class Checkpoints:
             if path.name == cls.PREVIOUS and (folder / cls.NEWEST).exists():
                 say(f"{problem}; going on from {path.name}")
                 os.replace(folder / cls.NEWEST, folder / cls.DAMAGED)
+            for draft in folder.glob(".*.tmp"):  # a save that was killed
+                draft.unlink()
             return content
         raise UserError(problem)
 
@@ -1300,7 +1302,7 @@ def new_run(env_id: str, seed: int) -> Run:
 
 def find_run(name: str) -> Path:
     """The folder of the run `name`: a path, a name in runs/, or latest. Raises UserError."""
-    folders = [Path(name), Path("runs") / name]
+    folders = [Path(name), Path("runs") / name] if name else []
     if name == "latest":
         found = Path("runs").glob("*/checkpoint*.pt")
         folders = [path.parent for path in sorted(found, key=lambda path: path.stat().st_mtime)]
@@ -1376,10 +1378,12 @@ class Watchdog:
         self.games, self.last_deed, self.done = games, last_deed, threading.Event()
 
     def __enter__(self) -> None:
-        threading.Thread(target=self.watch, daemon=True).start()
+        self.thread = threading.Thread(target=self.watch, daemon=True)
+        self.thread.start()
 
     def __exit__(self, *error: Any) -> None:
         self.done.set()
+        self.thread.join()
 
     def watch(self) -> None:
         """Look once a second. Looks are counted, not time: a machine may sleep in between."""
@@ -2023,7 +2027,7 @@ def main(argv: list[str] | None = None) -> int:
     """
     try:
         given = vars(build_parser().parse_args(argv))  # the flags that were typed, no others
-        if given.get("resume"):
+        if "resume" in given:
             train(*resume_run(given))
             return 0
         config = Config(**given)

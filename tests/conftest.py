@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "ai_breakout_game.py"
@@ -22,6 +23,42 @@ def run_script(*args, cwd, timeout=240, **env):
         text=True,
         timeout=timeout,
     )
+
+
+def start(*args, cwd, before=""):
+    """The program in the background; `before` is Python that runs in it first, `script` imported.
+
+    Standard error goes where standard output goes.
+    """
+    code = f"import sys; import ai_breakout_game as script\n{before}\nsys.exit(script.main())"
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *args],
+        cwd=cwd, env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+
+
+def wait_for(text, process):
+    """Read the output of `process` up to a line with `text`; returns what was read."""
+    output = ""
+    for line in process.stdout:
+        output += line
+        if text in line:
+            return output
+    raise AssertionError(f"it ended without {text!r}: {output}")
+
+
+def only(paths):
+    """The one path that there is."""
+    (path,) = paths
+    return path
+
+
+def curves(run):
+    """Everything in a run's TensorBoard files, by tag."""
+    events = EventAccumulator(str(run), size_guidance={"scalars": 0, "tensors": 0})
+    events.Reload()
+    return events
 
 
 @pytest.fixture(scope="session")

@@ -14,25 +14,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SCRIPT, run_script
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from conftest import SCRIPT, curves, only, run_script, start, wait_for
 
 import ai_breakout_game as script
 
 QUICK = ("--num-envs=2", "--num-steps=32", "--num-minibatches=2", "--update-epochs=1")
-
-
-def only(paths):
-    """The one path that there is."""
-    (path,) = paths
-    return path
-
-
-def curves(run):
-    """Everything in a run's TensorBoard file, by tag."""
-    events = EventAccumulator(str(run), size_guidance={"scalars": 0, "tensors": 0})
-    events.Reload()
-    return events
 
 
 def test_the_lessons_command_trains_and_says_so(trained):
@@ -98,25 +84,15 @@ def test_the_configuration_is_in_the_curves_without_a_second_run(trained):
     assert [path.name for path in run.iterdir() if path.is_dir()] == []
 
 
-def start(*args, cwd):
-    """The program in the background."""
-    return subprocess.Popen(
-        [sys.executable, str(SCRIPT), *args],
-        cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-
-
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_stops_it_with_everything_saved(tmp_path, number):
     process = start(*QUICK, cwd=tmp_path)
-    for line in process.stdout:
-        if " left; " in line:  # the first update is done
-            break
+    wait_for(" left; ", process)  # the first update is done
     process.send_signal(number)
     process.send_signal(number)
-    output, errors = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=60)
     assert process.returncode == 0
-    assert errors == "\nStopping; saving ...\n"
+    assert output.startswith("\nStopping; saving ...\n\nStopped after ")
     steps = int(re.search(r"Stopped after ([\d,]+) steps", output)[1].replace(",", ""))
     path = only((tmp_path / "models").iterdir())
     assert path.name == f"ai_breakout_game{steps}.mdl"

@@ -1,0 +1,266 @@
+"""--resume: a run that was stopped ends like one that never was; what must differ is refused."""
+
+import os
+import shutil
+import signal
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import curves, only, run_script, start, wait_for
+
+import ai_breakout_game as script
+
+# 40 updates of 64 steps, with games that are seeded anew all the time.
+RUN = (
+    "--num-envs=2", "--num-steps=32", "--num-minibatches=2", "--update-epochs=2", "--seed=3",
+    "--total-timesteps=2560", "--replay-steps=100", "--checkpoint-minutes=0.005",
+)  # fmt: skip
+
+
+def outcome(folder):
+    """What a run came to: its weights, counters and scores, and its curves but for the speed."""
+    run = only((folder / "runs").iterdir())
+    checkpoint = torch.load(run / "checkpoint.pt", weights_only=True)
+    events = curves(run)
+    points = {
+        tag: [(event.step, event.value) for event in events.Scalars(tag)]
+        for tag in events.Tags()["scalars"]
+        if tag != "charts/SPS"
+    }
+    return checkpoint, points
+
+
+def assert_same_outcome(folder, reference):
+    (one, points), (other, wanted) = outcome(folder), outcome(reference)
+    for name in other["weights"]:
+        assert torch.equal(one["weights"][name], other["weights"][name]), name
+    for name in ("update", "global_step", "games", "scores", "best_return"):
+        assert one[name] == other[name], name
+    for name in ("seeds", "ages", "actions"):
+        assert torch.equal(one["replay"][name], other["replay"][name]), name
+    assert points == wanted
+    assert len(points["losses/value_loss"]) == 40 and len(points["charts/episodic_return"]) > 5
+
+
+@pytest.fixture(scope="module")
+def unstopped(tmp_path_factory):
+    """A run that nobody stopped, for each way of stepping the games."""
+    folders = {}
+    for way in (True, False):
+        folders[way] = tmp_path_factory.mktemp("unstopped")
+        done = run_script(*RUN, f"--multithreading={way}", cwd=folders[way])
+        assert done.returncode == 0, done.stderr
+        checkpoint, _ = outcome(folders[way])
+        assert (checkpoint["replay"]["seeds"] > 4).all(), "each game was seeded anew"
+    return folders
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("way", [True, False])
+def test_a_run_that_was_stopped_ends_like_one_that_never_was(unstopped, tmp_path, way, number):
+    process = start(*RUN, f"--multithreading={way}", cwd=tmp_path)
+    wait_for(" left; ", process)
+    time.sleep(0.8)
+    process.send_signal(number)
+    process.communicate(timeout=60)
+    before = outcome(tmp_path)[0]["update"]
+    assert 0 < before < 40, "stopped in its midst"
+    done = run_script("--resume=latest", cwd=tmp_path)
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    assert f"resumed at {64 * before:,}" in done.stdout
+    assert_same_outcome(tmp_path, unstopped[way])
+
+
+@pytest.fixture
+def stopped(unstopped, tmp_path, monkeypatch):
+    """A run that is over, ours alone; the test is in its folder."""
+    shutil.copytree(unstopped[True], tmp_path / "stopped")
+    monkeypatch.chdir(tmp_path / "stopped")
+    return only((tmp_path / "stopped" / "runs").iterdir())
+
+
+def files(folder):
+    """Every file below `folder`, with what is in it."""
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def complaint(capsys, *args):
+    """The one line that `args` get, which are a mistake; nothing may have been written."""
+    before = files(script.Path())
+    assert script.main(list(args)) == 2
+    output, errors = capsys.readouterr()
+    assert output == "" and errors.count("\n") == 1
+    assert files(script.Path()) == before
+    return errors
+
+
+def test_a_run_that_is_over_goes_on_with_more_steps(stopped):
+    done = run_script(f"--resume={stopped}", "--total-timesteps=3200", cwd=".")
+    assert done.returncode == 0 and done.stderr == ""
+    assert "Trained 3,200 steps" in done.stdout and "resumed at 2,560" in done.stdout
+    assert script.Path("models/ai_breakout_game3200.mdl").is_file()
+    events = curves(stopped)
+    assert [e.step for e in events.Scalars("losses/entropy")] == list(range(64, 3201, 64))
+    rates = [e.value for e in events.Scalars("charts/learning_rate")]
+    assert rates[40:] == pytest.approx([2.5e-4 * (50 - i) / 50 for i in range(40, 50)])
+
+
+def test_a_resume_with_nothing_left_to_do_writes_the_weights_once_more(stopped):
+    shutil.rmtree("models")
+    done = run_script("--resume=latest", cwd=".")
+    assert done.returncode == 0 and "Trained 2,560 steps" in done.stdout
+    assert "--total-timesteps=5120" in done.stdout, "how it would go on"
+    assert script.Path("models/ai_breakout_game2560.mdl").is_file()
+
+
+@pytest.mark.parametrize(
+    ("flag", "said"),
+    [
+        ("--num-envs=4", "--num-envs=4 would make it another run: it has 2"),
+        ("--gamma=0.98", "--gamma=0.98"), ("--seed=4", "--seed=4"),
+        ("--multithreading=no", "--multithreading=False"),
+        ("--env-id=ALE/Pong-v5", "--env-id=ALE/Pong-v5"),
+        ("--model-filename=x.mdl", "--model-filename=x.mdl"),
+        ("--replay-steps=99", "--replay-steps=99"),
+        ("--total-timesteps=2559", "--total-timesteps can only be raised: it is 2560"),
+        ("--run", "--run"), ("--evaluate=3", "--evaluate"), ("--record=a.gif", "--record"),
+        ("--checkpoint-minutes=-1", "--checkpoint-minutes must be"),
+    ],
+)  # fmt: skip
+def test_a_knob_that_would_make_it_another_run_is_refused_by_name(stopped, capsys, flag, said):
+    assert said in complaint(capsys, f"--resume={stopped}", flag)
+
+
+def test_the_same_knobs_may_be_typed_again(stopped, capsys):
+    assert script.main([*RUN, "--resume=latest"]) == 0
+
+
+@pytest.mark.parametrize("name", ["latest", "nothing", "runs", "x" * 5000, "a\0b", ""])
+def test_a_run_that_is_not_there_gets_one_line(tmp_path, monkeypatch, capsys, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    if name:
+        assert "runs" in complaint(capsys, f"--resume={name}")
+    else:
+        assert "--resume" in complaint(capsys, "--resume=")
+
+
+def test_latest_is_the_run_that_was_saved_last(stopped):
+    older = shutil.copytree(stopped, stopped.with_name("A-copy"))
+    os.utime(older / "checkpoint.pt", (1e9, 1e9))
+    os.utime(older / "checkpoint.previous.pt", (1e9, 1e9))
+    stopped.with_name("no-checkpoint-yet").mkdir()
+    assert script.find_run("latest") == script.Path("runs") / stopped.name
+    assert script.find_run("A-copy") == script.Path("runs/A-copy")
+
+
+# ------------------------------------------------------------------------------------- checkpoints
+
+
+def flip_a_bit(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def halve(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def empty(path):
+    path.write_bytes(b"")
+
+
+@pytest.mark.parametrize("damage", [flip_a_bit, halve, empty])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(stopped, capsys, damage):
+    steps = torch.load(stopped / "checkpoint.previous.pt", weights_only=True)["global_step"]
+    damage(stopped / "checkpoint.pt")
+    assert script.main([f"--resume={stopped}"]) == 0
+    output = capsys.readouterr().out
+    assert f"{stopped}/checkpoint.pt is not a checkpoint: " in output
+    assert "going on from checkpoint.previous.pt" in output and f"at step {steps:,}" in output
+    assert (stopped / "checkpoint.damaged.pt").exists(), "set aside, not thrown away"
+    assert torch.load(stopped / "checkpoint.pt", weights_only=True)["global_step"] == 2560
+
+
+def test_two_damaged_checkpoints_get_one_line(stopped, capsys):
+    for name in ("checkpoint.pt", "checkpoint.previous.pt"):
+        flip_a_bit(stopped / name)
+    (stopped / ".lock").unlink()
+    assert "its checksum does not match" in complaint(capsys, f"--resume={stopped}")
+
+
+def test_a_checkpoint_of_another_version_is_refused(stopped, capsys, monkeypatch):
+    monkeypatch.setattr(script, "SEAL", b"ai_breakout_game 2 sha256 ")
+    assert "another version" in complaint(capsys, f"--resume={stopped}")
+
+
+def test_a_checkpoint_is_plain_and_its_weights_can_be_watched(stopped, capsys):
+    game = script.Game("breakout")
+    agent, about = script.load_agent(stopped / "checkpoint.pt", game, 4)
+    weights = torch.load(stopped / "last.mdl", weights_only=True)["weights"]
+    assert all(torch.equal(weights[name], x) for name, x in agent.state_dict().items())
+    assert about["global_step"] == 2560 and about["config"]["num_envs"] == 2
+
+
+def test_a_draft_that_was_cut_off_is_no_checkpoint(stopped, capsys):
+    draft = stopped / ".checkpoint.pt.123.tmp"
+    draft.write_bytes(b"half")
+    assert script.main([f"--resume={stopped}"]) == 0
+    assert not draft.exists(), "cleared away"
+
+
+def test_two_processes_cannot_train_one_run(tmp_path):
+    first = start(*RUN, "--total-timesteps=1000000", cwd=tmp_path)
+    wait_for(" left; ", first)
+    second = run_script("--resume=latest", cwd=tmp_path)
+    assert second.returncode == 2 and second.stderr.count("\n") == 1
+    assert "is being trained by another process" in second.stderr
+    first.kill()
+    first.communicate()
+    third = start("--resume=latest", cwd=tmp_path)
+    wait_for(" left; ", third)  # the lock went with its holder
+    third.kill()
+    third.communicate()
+
+
+# ------------------------------------------------------------------------------------------- games
+
+
+@pytest.mark.parametrize("kind", [script.NativeGames, script.WrappedGames])
+@pytest.mark.parametrize("rom", ["breakout", "freeway", "seaquest"])
+def test_games_are_brought_back_to_the_pixel_at_any_step(kind, rom):
+    """Sticky actions, lives, cut-off games; and from the games brought back it goes on alike."""
+    game, rng = script.Game(rom, sticky=0.25, max_frames=2000), np.random.default_rng(1)
+    games = script.ReplayableGames(kind(game, 3), replay_steps=120)
+    games.reset(5)
+    for step in range(800):
+        result = games.step(rng.integers(0, len(games.games.action_names), 3))
+        if step in (40, 410, 799) or (games.ages == 0).any():
+            again = script.ReplayableGames(kind(game, 3), replay_steps=120)
+            frames = again.load_state_dict(games.state_dict())
+            assert np.array_equal(frames, result.frames)
+            for name in ("lives", "ended", "frame_numbers", "scores"):
+                assert np.array_equal(getattr(again.games, name), getattr(games.games, name))
+            games = again if step == 410 else games
+    assert (games.seeds > 7).all()
+
+
+@pytest.mark.parametrize("kind", [script.NativeGames, script.WrappedGames])
+def test_seeding_anew_cuts_no_game_off_and_loses_no_score(kind):
+    games = script.ReplayableGames(kind(script.Game("breakout"), 2), replay_steps=50)
+    games.reset(1)
+    rng, lengths, starts, score = np.random.default_rng(0), np.zeros(2, int), np.zeros(2, int), 0.0
+    for _ in range(900):
+        result = games.step(rng.integers(0, 4, 2))
+        score += result.rewards.sum()  # Breakout's lowest bricks: one point each
+        starts += result.restarted
+        for over in result.finished:
+            lengths[over.slot] += over.length
+            score -= over.score
+    assert (starts >= 3).all() and (games.seeds > 2).all()
+    assert (games.ages + lengths + starts <= 900).all(), "each step is one game's, or its start"
+    assert lengths.sum() + starts.sum() + sum(games.ages) >= 2 * 900 - 2 * 50
+    assert 0 <= score == games.games.scores.sum()
