@@ -74,6 +74,7 @@ from tqdm import tqdm
 
 gym.register_envs(ale_py)
 ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)  # no banner for every game
+tqdm.monitor_interval = 0  # no thread for slow bars: it may end the program with an abort
 
 # --------------------------------------------------------------------------------------------------
 # Configuration
@@ -931,7 +932,10 @@ def update(
     # Numbers leave the device once an update: a GPU has to be waited for each time.
     numbers = torch.cat([torch.stack(history).mean(0), explained[None], weights[None]]).tolist()
     if not all(map(math.isfinite, numbers)):
-        raise RunError(f"update {state.update + 1} came to numbers that are none (nan or inf)")
+        raise RunError(
+            f"update {state.update + 1} came to numbers that are none (nan or inf): it was thrown "
+            "away; go on from the weights above by --model-filename, with a lower --learning-rate"
+        )
     return dict(zip((*LOSS_NAMES, "explained_variance"), numbers))
 
 
@@ -1188,6 +1192,12 @@ class Logger:
 
         # The thread that writes would print a traceback; `flush` says in a line what it died of.
         threading.excepthook = lambda failure: None
+        # Files are read in the order of the seconds in their names, and the clock may be set back.
+        now, old = int(time.time()), sorted(self.folder.glob("events.out.tfevents.*"), reverse=True)
+        for seconds, path in enumerate(old, 1):
+            then = path.name.split(".")[3]
+            if int(then) > now - seconds:
+                path.rename(path.with_name(path.name.replace(then, f"{now - seconds:010}", 1)))
         writer = SummaryWriter(str(self.folder), purge_step=self.next_step)
         knobs = {k: str(v) if v is None else v for k, v in dataclasses.asdict(self.config).items()}
         rows = "".join(f"|{name}|{value}|\n" for name, value in knobs.items())
