@@ -67,6 +67,7 @@ import gymnasium as gym
 import numpy as np
 import torch
 from ale_py.env import AtariEnv
+from ale_py.roms import get_rom_path
 from ale_py.vector_env import AtariVectorEnv
 from filelock import FileLock, Timeout
 from torch import Tensor, nn
@@ -198,6 +199,13 @@ class Game(NamedTuple):
     rom: str
     sticky: float = 0.0  # chance that the emulator repeats the last action
     max_frames: int = 108_000  # 30 minutes
+
+    @property
+    def actions(self) -> list[str]:
+        """Names of the buttons, those that do something in this game."""
+        emulator = ale_py.ALEInterface()
+        emulator.loadROM(get_rom_path(self.rom))
+        return [action.name for action in emulator.getMinimalActionSet()]
 
 
 def find_game(config: Config) -> Game:
@@ -407,8 +415,8 @@ class StepResult(NamedTuple):
 class VectorGames:
     """What both ways of stepping N games have: `reset`, `start`, `step`, and what they count."""
 
-    def __init__(self, num_envs: int, action_names: list[str]) -> None:
-        self.num_envs, self.action_names = num_envs, action_names
+    def __init__(self, game: Game, num_envs: int) -> None:
+        self.num_envs, self.action_names = num_envs, game.actions
         self.lives, self.frame_numbers = np.zeros((2, num_envs), int)
         self.ended = np.zeros(num_envs, bool)  # the last step ended an episode
         self.pulse = 0  # odd while the emulator's threads are waited for: see Watchdog
@@ -431,7 +439,7 @@ class NativeGames(VectorGames):
             life_loss_info=True,  # not episodic_life, which builds a whole new wall at every life
             reward_clipping=False,  # clipped here, after the true score is counted
         )
-        super().__init__(num_envs, [action.name for action in self.env.ale.get_action_set()])
+        super().__init__(game, num_envs)
         self.fire = self.action_names.index("FIRE") if "FIRE" in self.action_names else None
 
         self.scores, self.lengths = np.zeros(num_envs), np.zeros(num_envs, int)
@@ -492,7 +500,7 @@ class WrappedGames(VectorGames):
         make = functools.partial(make_env, game, noop_max, keep_rgb)
         mode = gym.vector.AutoresetMode.NEXT_STEP
         self.env = gym.vector.SyncVectorEnv([make] * num_envs, autoreset_mode=mode)
-        super().__init__(num_envs, self.env.envs[0].unwrapped.get_action_meanings())
+        super().__init__(game, num_envs)
 
     def start(self, slots: np.ndarray, seeds: np.ndarray) -> np.ndarray:
         """Start the games of `slots`, (N,) bool, anew from their `seeds`, (N,) int.
@@ -1015,7 +1023,7 @@ def find_model(name: str) -> Path:
     )
 
 
-def load_agent(path: Path, game: Game, num_actions: int) -> tuple[Agent, dict[str, Any]]:
+def load_agent(path: Path, game: Game) -> tuple[Agent, dict[str, Any]]:
     """Read weights that this script saved, or a bare state_dict with the usual names.
 
     Nothing in the file is run. Returns the agent, and what the file says about it: {} for a bare
@@ -1029,7 +1037,7 @@ def load_agent(path: Path, game: Game, num_actions: int) -> tuple[Agent, dict[st
     if about.get("game", game.rom) != game.rom:
         hint = f"--env-id={about.get('env_id')}"
         raise UserError(f"{path} plays {about['game']}, not {game.rom}: add {hint}")
-    agent = Agent(num_actions)
+    agent = Agent(len(game.actions))
     for name, tensor in agent.state_dict().items():
         found, wanted = weights.get(name), tuple(tensor.shape)
         found = "missing" if found is None else tuple(found.shape)
@@ -1360,21 +1368,21 @@ def resume_run(given: dict[str, Any]) -> tuple[Config, Run]:
 
 
 def make_state(
-    config: Config, game: Game, actions: list[str], device: torch.device, resumed: bool = False
+    config: Config, game: Game, device: torch.device, resumed: bool = False
 ) -> TrainState:
     """A run at its start; --model-filename gives the weights, else the seed draws them."""
     torch.manual_seed(config.seed)
     if config.model_filename == "random":
         raise UserError("--model-filename=random plays, but cannot be trained: leave it out")
     if config.model_filename and not resumed:
-        agent, _ = load_agent(find_model(config.model_filename), game, len(actions))
+        agent, _ = load_agent(find_model(config.model_filename), game)
     else:
-        agent = Agent(len(actions))
+        agent = Agent(len(game.actions))
     agent.to(device)
     # fused: one pass over the 1.7 M parameters instead of a dozen, 0.8 ms a step for 3.9 on a CPU.
     fused = device.type in ("cpu", "cuda")
     optimizer = torch.optim.Adam(agent.parameters(), config.learning_rate, eps=1e-5, fused=fused)
-    about = {"game": game.rom, "env_id": config.env_id, "actions": actions}
+    about = {"game": game.rom, "env_id": config.env_id, "actions": game.actions}
     about |= {"frame_stack": FRAME_STACK, "seed": config.seed}
     return TrainState(agent, optimizer, torch.Generator(device).manual_seed(config.seed), about)
 
@@ -1434,9 +1442,9 @@ def set_up(config: Config, run: Run | None) -> tuple[TrainState, ReplayableGames
     game, device = find_game(config), pick_device(config.device)
     for name in ("runs", "models"):
         check_writable(Path(name))
+    state = make_state(config, game, device, resumed=bool(run))
     games = make_vector_env(game, config.num_envs, config.multithreading)
     games = ReplayableGames(games, config.replay_steps)
-    state = make_state(config, game, games.games.action_names, device, resumed=bool(run))
     try:
         rollout = make_rollout(config.num_steps, config.num_envs, device)
     except RuntimeError:
@@ -1519,13 +1527,13 @@ class RandomAgent(nn.Module):
         return zeros, zeros[:, 0]
 
 
-def load_player(config: Config, game: Game, num_actions: int) -> tuple[nn.Module, Path]:
+def load_player(config: Config, game: Game) -> tuple[nn.Module, Path]:
     """The agent to play with, on its device, and its file; random has models/random_<game>."""
     device = pick_device(config.device)
     if config.model_filename == "random":
-        return RandomAgent(num_actions), Path("models") / f"random_{game.rom}"
+        return RandomAgent(len(game.actions)), Path("models") / f"random_{game.rom}"
     path = find_model(config.model_filename or f"ai_{game.rom}_game.mdl")
-    return load_agent(path, game, num_actions)[0].to(device), path
+    return load_agent(path, game)[0].to(device), path
 
 
 class Moment(NamedTuple):
@@ -1583,10 +1591,10 @@ def evaluate(config: Config) -> Path:
     """
     game = find_game(config)
     slots = min(config.evaluate, 32)
-    games = make_vector_env(game, slots, config.multithreading)
-    agent, model = load_player(config, game, len(games.action_names))
+    agent, model = load_player(config, game)
     report = model.with_suffix(".evaluation.json")
     check_writable(report.parent)
+    games = make_vector_env(game, slots, config.multithreading)
 
     shares = [len(range(slot, config.evaluate, slots)) for slot in range(slots)]
     played: list[FinishedGame] = []
@@ -1810,8 +1818,8 @@ def record(config: Config) -> Path:
     """Play into --record, without a window: --episodes whole games, or --seconds."""
     game, path = find_game(config), Path(config.record)
     check_writable(path.parent)
+    agent, _ = load_player(config, game)
     games = WrappedGames(game, 1, keep_rgb=True)
-    agent, _ = load_player(config, game, len(games.action_names))
     recorder = Recorder(path)
     view = View(games.action_names, 2 if recorder.is_gif else 3, config.panel)
     frames = round(config.seconds * EMULATOR_FPS) if config.seconds else None
@@ -1953,13 +1961,13 @@ class Player:
 def play(config: Config) -> None:
     """Open a window and let the agent play in it, until it is closed."""
     game = find_game(config)
-    games = WrappedGames(game, 1, keep_rgb=True)
-    agent, _ = load_player(config, game, len(games.action_names))
+    agent, _ = load_player(config, game)
     if not can_open_window():
         name = f"ai_breakout_game-{time.strftime('%Y%m%d-%H%M%S')}.mp4"
         print(f"There is no display to open a window on: recording one game to {name} instead.")
         record(dataclasses.replace(config, record=name, episodes=1, seconds=None))
         return
+    games = WrappedGames(game, 1, keep_rgb=True)
     view = View(games.action_names, 3, config.panel)
     player, seed = Player(view), config.seed
     try:

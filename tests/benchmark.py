@@ -41,7 +41,7 @@ def our_parts(device_name):
     game, device = script.find_game(config), script.pick_device(device_name)
     games = script.make_vector_env(game, ENVS, True)
     games = script.ReplayableGames(games, config.replay_steps)
-    state = script.make_state(config, game, games.games.action_names, device)
+    state = script.make_state(config, game, device)
     rollout = script.make_rollout(STEPS, ENVS, device)
     rollout.frames[-1] = torch.from_numpy(games.reset(1))
     return script, config, games, state, rollout

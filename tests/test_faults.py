@@ -227,7 +227,7 @@ def test_a_number_that_is_none_stops_the_run_with_the_last_good_state(tmp_path, 
         ]  # fmt: skip
         assert all(x.isfinite().all() for x in tensors), name
     weights = re.search(r"weights +(models/\S+)", output)[1]
-    script.load_agent(tmp_path / weights, script.Game("breakout"), 4)
+    script.load_agent(tmp_path / weights, script.Game("breakout"))
 
 
 DEAD_THREAD = """

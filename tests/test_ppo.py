@@ -209,7 +209,7 @@ def small_run(multithreading=True, **knobs):
     config = script.Config(num_envs=2, num_steps=16, num_minibatches=2, update_epochs=2, **knobs)
     game = script.find_game(config)
     games = script.make_vector_env(game, 2, multithreading)
-    state = script.make_state(config, game, games.action_names, CPU)
+    state = script.make_state(config, game, CPU)
     rollout = script.make_rollout(16, 2, CPU)
     rollout.frames[-1] = torch.from_numpy(games.reset(config.seed))
     return config, games, state, rollout
