@@ -153,7 +153,7 @@ class Config:
         for field in dataclasses.fields(self):
             value, low, high = getattr(self, field.name), *map(field.metadata.get, ("low", "high"))
             number = isinstance(value, int | float) and not isinstance(value, bool)
-            if number and not (low <= value <= high and math.isfinite(value)):
+            if number and not (low <= value <= high and abs(value) < math.inf):
                 bounds = f"{low:,g} or more" if high == math.inf else f"from {low:,g} to {high:,g}"
                 raise UserError(f"--{field.name.replace('_', '-')} must be {bounds}, not {value}")
         if self.batch_size % self.num_minibatches:
@@ -736,6 +736,8 @@ class TrainState:
         self.generator.set_state(saved["generator"])
         self.scores.extend(saved["scores"])
         for name in self.COUNTERS:
+            if type(saved[name]) is not type(getattr(self, name)):
+                raise TypeError(f"{name} is {saved[name]}")
             setattr(self, name, saved[name])
 
 
@@ -956,6 +958,12 @@ SEAL = b"ai_breakout_game 1 sha256 "  # 1: the version of what is saved
 LARGEST_FILE = 2**28  # bytes; a checkpoint takes 21 MB
 
 
+def seal(body: bytes) -> bytes:
+    """What follows `body`, a zip archive but for the length of its comment: length and comment."""
+    comment = SEAL + hashlib.sha256(body).hexdigest().encode()
+    return len(comment).to_bytes(2, "little") + comment
+
+
 def save_file(content: dict[str, Any], path: Path, keep: Path | None = None) -> None:
     """Write `content` so that `path` is always whole: the old file or the new, never a half.
 
@@ -964,13 +972,12 @@ def save_file(content: dict[str, Any], path: Path, keep: Path | None = None) -> 
     """
     buffer = io.BytesIO()
     torch.save(content, buffer)
-    data = buffer.getvalue()[:-2]  # the last two bytes say how long the comment is: 0
-    comment = SEAL + hashlib.sha256(data).hexdigest().encode()
+    body = buffer.getvalue()[:-2]  # the last two bytes say how long the comment is: 0
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(draft, "wb") as file:
-            file.write(data + len(comment).to_bytes(2, "little") + comment)
+            file.write(body + seal(body))
             file.flush()
             os.fsync(file.fileno())
         if keep and path.exists():
@@ -995,15 +1002,16 @@ def read_file(path: Path, kind: str) -> tuple[Any, bool]:
             size = sum(entry.file_size for entry in entries)
             if size > len(data) or any(entry.compress_type for entry in entries):
                 raise ValueError("packed")
-            body = data[: -2 - len(comment)]
-            seal = SEAL + hashlib.sha256(body).hexdigest().encode()
             if comment.startswith(SEAL[:17]) and not comment.startswith(SEAL):
                 raise ValueError("another version of this program saved it")
-            if comment != seal if comment else archive.testzip():
+            length = len(seal(b""))
+            sealed = data[-length:] == seal(data[:-length])
+            bare = data[-22:-18] == b"PK\5\6" and data[-2:] == b"\0\0"  # torch.save's own
+            if not sealed and (not bare or archive.testzip()):
                 raise ValueError("its checksum does not match")
         with warnings.catch_warnings(action="ignore"):
             content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-        return content, bool(comment)
+        return content, sealed
     except Exception as error:  # a dozen kinds; those of this program and the system have a reason
         known = isinstance(error, OSError | ValueError) and len(str(error)) < 80
         reason = str(error) if known else type(error).__name__
@@ -1040,15 +1048,13 @@ def load_agent(path: Path, game: Game) -> tuple[Agent, dict[str, Any]]:
     agent = Agent(len(game.actions))
     for name, tensor in agent.state_dict().items():
         found, wanted = weights.get(name), tuple(tensor.shape)
-        found = "missing" if found is None else tuple(found.shape)
-        if found != wanted:
-            raise UserError(f"{path} does not fit {game.rom}: {name} is {found}, not {wanted}")
-    try:
-        agent.load_state_dict(weights, strict=False)  # other names in it are let be
-    except RuntimeError:  # weights of a strange kind: sparse, of no device
-        raise UserError(f"{path} is not a model: its weights are no plain tensors") from None
-    if not all(weight.isfinite().all() for weight in agent.parameters()):
-        raise UserError(f"{path} is not a model: not all of its weights are numbers")
+        shape = "missing" if found is None else tuple(found.shape)
+        if shape != wanted:
+            raise UserError(f"{path} does not fit {game.rom}: {name} is {shape}, not {wanted}")
+        plain = found.is_floating_point() and found.layout == torch.strided and not found.is_meta
+        if not plain or not found.isfinite().all():
+            raise UserError(f"{path} is not a model: not all in {name} are numbers")
+    agent.load_state_dict(weights, strict=False)  # names that the network does not know are let be
     return agent, {key: value for key, value in about.items() if key != "weights"}
 
 
@@ -1294,18 +1300,23 @@ class Run(NamedTuple):
     """Where a run lies, and what it had come to when its last checkpoint was written."""
 
     folder: Path
-    lock: FileLock  # held: no other process trains it
     saved: dict[str, Any]  # empty for a new run
 
 
-def lock_run(folder: Path) -> FileLock:
-    """Nobody else may train it now, until this process ends, however it ends. Raises UserError."""
-    lock = FileLock(folder / ".lock")
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Nobody else may train this run until we end, however we end. Raises UserError."""
+    path = folder / ".lock"
+    was_there = path.exists()
     try:
-        lock.acquire(timeout=0)
+        with FileLock(path, timeout=0, is_singleton=True):  # may be held twice by one process
+            yield
     except Timeout:
         raise UserError(f"{folder}/ is being trained by another process") from None
-    return lock
+    except UserError:
+        if not was_there:  # a mistake writes nothing
+            path.unlink(missing_ok=True)
+        raise
 
 
 def new_run(env_id: str, seed: int) -> Run:
@@ -1315,7 +1326,7 @@ def new_run(env_id: str, seed: int) -> Run:
         folder = Path("runs") / (name if number == 1 else f"{name}-{number}")
         with contextlib.suppress(FileExistsError):
             folder.mkdir(parents=True)
-            return Run(folder, lock_run(folder), {})
+            return Run(folder, {})
 
 
 def find_run(name: str) -> Path:
@@ -1336,35 +1347,16 @@ def find_run(name: str) -> Path:
 RESUME_KNOBS = ("resume", "total_timesteps", "checkpoint_minutes", "device")
 
 
-def resume_run(given: dict[str, Any]) -> tuple[Config, Run]:
-    """The run to go on with, and its knobs; `given` are those typed. Raises UserError."""
-    for mode in ("run", "evaluate", "record"):
-        if given.get(mode):
-            raise UserError(f"--resume trains: it does not go with --{mode}")
-    folder = find_run(given["resume"])
-    check_writable(folder)
-    was_there = (folder / ".lock").exists()
-    lock = lock_run(folder)
-    try:
-        saved = Checkpoints.read(folder)
-        knobs = saved["config"]
-        for name, value in given.items():
-            if name not in RESUME_KNOBS and value != knobs[name]:
-                flag = f"--{name.replace('_', '-')}"
-                raise UserError(f"{flag}={value} would make it another run: it has {knobs[name]}")
-        if given.get("total_timesteps", math.inf) < knobs["total_timesteps"]:
-            raise UserError(
-                f"--total-timesteps can only be raised: it is {knobs['total_timesteps']}"
-            )
-        changed = {name: given[name] for name in RESUME_KNOBS[1:] if name in given}
-        return Config(**knobs | changed), Run(folder, lock, saved)
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{folder}/ holds no checkpoint of this program: {error}") from None
-    except UserError:
-        lock.release()
-        if not was_there:  # a mistake writes nothing
-            (folder / ".lock").unlink()
-        raise
+def resumed_config(given: dict[str, Any], knobs: dict[str, Any]) -> Config:
+    """The `knobs` of a run, and those typed, `given`, where they may differ. Raises UserError."""
+    for name, value in given.items():
+        if name not in RESUME_KNOBS and value != knobs[name]:
+            flag = f"--{name.replace('_', '-')}"
+            raise UserError(f"{flag}={value} would make it another run: it has {knobs[name]}")
+    total = knobs["total_timesteps"]
+    if given.get("total_timesteps", total) < total:
+        raise UserError(f"--total-timesteps can only be raised: it is {total}")
+    return Config(**knobs | {x: given[x] for x in RESUME_KNOBS[1:] if x in given})
 
 
 def make_state(
@@ -1443,17 +1435,17 @@ def set_up(config: Config, run: Run | None) -> tuple[TrainState, ReplayableGames
     for name in ("runs", "models"):
         check_writable(Path(name))
     state = make_state(config, game, device, resumed=bool(run))
-    games = make_vector_env(game, config.num_envs, config.multithreading)
-    games = ReplayableGames(games, config.replay_steps)
     try:
         rollout = make_rollout(config.num_steps, config.num_envs, device)
     except RuntimeError:
         gigabytes = config.batch_size * FRAME_STACK * FRAME_SIZE**2 / 1e9
         raise UserError(f"a batch of {gigabytes:,.0f} GB has no room in memory") from None
+    games = make_vector_env(game, config.num_envs, config.multithreading)
+    games = ReplayableGames(games, config.replay_steps)
     if run:
-        say(f"{run.folder}/ at step {run.saved['global_step']:,}; bringing the games back ...")
         try:
             state.load_state_dict(run.saved)
+            say(f"{run.folder}/ at step {state.global_step:,}; bringing the games back ...")
             frames = games.load_state_dict(run.saved["replay"])
         except Exception as error:
             raise UserError(f"{run.folder}/ holds no checkpoint of this run: {error}") from None
@@ -1470,7 +1462,7 @@ def train(config: Config, run: Run | None = None) -> Path:
     state, games, rollout, run = set_up(config, run)
     logger, checkpoints = Logger(run.folder, config, state), Checkpoints(run.folder, config)
     checkpoints.keep(state, games)
-    with run.lock, StopRequest() as stop, Watchdog(games.games, checkpoints.write):
+    with locked(run.folder), StopRequest() as stop, Watchdog(games.games, checkpoints.write):
         if not run.saved:
             checkpoints.write()
         try:
@@ -1504,6 +1496,22 @@ def train(config: Config, run: Run | None = None) -> Path:
     if not saved:
         raise RunError(f"not all was saved: make room, then --resume={run.folder} goes on")
     return path
+
+
+def resume(given: dict[str, Any]) -> Path:
+    """Go on with the run of --resume; `given` are the knobs that were typed. Raises UserError."""
+    for mode in ("run", "evaluate", "record"):
+        if given.get(mode):
+            raise UserError(f"--resume trains: it does not go with --{mode}")
+    folder = find_run(given["resume"])
+    check_writable(folder)
+    with locked(folder):
+        saved = Checkpoints.read(folder)
+        try:
+            config = resumed_config(given, saved["config"])
+        except (KeyError, TypeError) as error:
+            raise UserError(f"{folder}/ holds no checkpoint of this program: {error!r}") from None
+        return train(config, Run(folder, saved))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2005,6 +2013,14 @@ def parse_bool(text: str) -> bool:
 class Parser(argparse.ArgumentParser):
     """Leaves a mistake to `main` to print, without the usage, under which it would be buried."""
 
+    def parse_args(self, argv: list[str] | None = None) -> argparse.Namespace:
+        """What was typed. In --flag=-- argparse sees no value at all: a mistake."""
+        argv = sys.argv[1:] if argv is None else argv
+        for word in argv:
+            if word.endswith("=--"):
+                self.error(f"{word}: expected one argument")
+        return super().parse_args(argv)
+
     def error(self, message: str) -> None:
         """Raise UserError."""
         raise UserError(f"{message}; --help lists all flags")
@@ -2046,7 +2062,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         given = vars(build_parser().parse_args(argv))  # the flags that were typed, no others
         if "resume" in given:
-            train(*resume_run(given))
+            resume(given)
             return 0
         config = Config(**given)
         if config.evaluate:
@@ -2059,7 +2075,9 @@ def main(argv: list[str] | None = None) -> int:
             train(config)
         return 0
     except (UserError, RunError) as error:
-        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        text = "".join(x if x.isprintable() else repr(x)[1:-1] for x in str(error))
+        text = text if len(text) <= 300 else f"{text[:200]} ... {text[-90:]}"
+        print(f"{Path(sys.argv[0]).name}: {text}", file=sys.stderr)
         return 2 if isinstance(error, UserError) else 1
     except KeyboardInterrupt:
         return 130
