@@ -1403,9 +1403,11 @@ class Watchdog:
             looks = looks + 1 if pulse % 2 and pulse == seen else 0
             seen = pulse
             if looks >= self.PATIENCE:
-                self.last_deed()
-                os.write(2, f"the emulator has not answered for {looks} seconds\n".encode())
-                os._exit(1)  # the main thread waits inside the emulator, where nothing reaches it
+                try:
+                    self.last_deed()
+                    os.write(2, f"the emulator has not answered for {looks} seconds\n".encode())
+                finally:  # the main thread waits inside the emulator, where nothing reaches it
+                    os._exit(1)
 
 
 def print_summary(content: dict[str, Any], progress: Progress, run: Run, path: Path) -> None:
