@@ -126,7 +126,7 @@ class Config:
     multithreading: bool = knob(True, "training", "step the games on native threads; no: the same "
         "games one after the other through the Python wrappers, to measure as to train")
     resume: str = knob("", "training", "go on with a run, exactly where its last checkpoint left "
-        "it: runs/<name>, or latest; of the other flags only --total-timesteps may be raised")
+        "it: runs/<name>, or latest; of what shapes a run only --total-timesteps may be raised")
     checkpoint_minutes: float = knob(5.0, "training", "minutes between two checkpoints; 0: one "
         "after every update", 0)
     replay_steps: int = knob(8192, "training", "steps after which a game's next start is seeded "
@@ -2049,8 +2049,8 @@ def build_parser() -> argparse.ArgumentParser:
         if kind is bool:
             default = "yes" if default else "no"
             options = {"type": parse_bool, "nargs": "?", "const": True, "metavar": "yes|no"}
-        elif kind is int:
-            default = f"{default:,}"
+        elif default not in (None, "") and kind is not str:
+            default = f"{default:,}" if kind is int else f"{default:g}"
         text = field.metadata["help"].replace("%", "%%")
         text += "" if default in (None, "") else f" (default: {default})"
         group.add_argument(flag, default=argparse.SUPPRESS, help=text, **options)

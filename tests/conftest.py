@@ -11,6 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "ai_breakout_game.py"
 sys.path.insert(0, str(ROOT))
+STARTED: list[subprocess.Popen] = []  # by `start`
 
 
 def run_script(*args, cwd, timeout=240, **env):
@@ -31,11 +32,22 @@ def start(*args, cwd, before=""):
     Standard error goes where standard output goes.
     """
     code = f"import sys; import ai_breakout_game as script\n{before}\nsys.exit(script.main())"
-    return subprocess.Popen(
+    process = subprocess.Popen(
         [sys.executable, "-c", code, *args],
         cwd=cwd, env={**os.environ, "PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
+    STARTED.append(process)
+    return process
+
+
+@pytest.fixture(autouse=True)
+def no_process_outlives_its_test():
+    yield
+    while STARTED:
+        process = STARTED.pop()
+        process.kill()
+        process.wait()
 
 
 def wait_for(text, process):

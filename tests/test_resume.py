@@ -264,3 +264,26 @@ def test_seeding_anew_cuts_no_game_off_and_loses_no_score(kind):
     assert (games.ages + lengths + starts <= 900).all(), "each step is one game's, or its start"
     assert lengths.sum() + starts.sum() + sum(games.ages) >= 2 * 900 - 2 * 50
     assert 0 <= score == games.games.scores.sum()
+
+
+# ------------------------------------------------------------------------------------------- curves
+
+
+@pytest.mark.slow
+def test_the_curves_of_ten_million_steps_stay_below_50_megabytes(tmp_path):
+    """With a game over every 200 steps, as at the start: later they are longer, so fewer."""
+    config = script.Config()
+    game = script.find_game(config)
+    state = script.make_state(config, game, torch.device("cpu"))
+    logger = script.Logger(tmp_path, config, state)
+    losses = dict.fromkeys((*script.LOSS_NAMES, "explained_variance"), 0.123)
+    over = [(t, script.FinishedGame(0, 1.0, 200)) for t in range(1, 126, 25)]
+    for _ in range(config.num_updates):
+        logger.log_games(state, config.num_envs, over)
+        state.update += 1
+        state.global_step += config.batch_size
+        logger.log_update(state, 1e-4, losses)
+    logger.close()
+    size = sum(path.stat().st_size for path in tmp_path.iterdir())
+    assert state.games > 45_000 and 10e6 < size < 50e6
+    print(size)
