@@ -193,19 +193,20 @@ FRAME_SIZE = 84  # pixels, both ways
 NOOP_MAX = 30  # fewer frames than this pass by themselves when a game starts
 
 
+@functools.cache
+def action_names(rom: str) -> list[str]:
+    """The buttons that do something in a game, in the order of their numbers."""
+    emulator = ale_py.ALEInterface()
+    emulator.loadROM(get_rom_path(rom))
+    return [action.name for action in emulator.getMinimalActionSet()]
+
+
 class Game(NamedTuple):
     """Which cartridge, and how it is played."""
 
     rom: str
     sticky: float = 0.0  # chance that the emulator repeats the last action
     max_frames: int = 108_000  # 30 minutes
-
-    @property
-    def actions(self) -> list[str]:
-        """Names of the buttons, those that do something in this game."""
-        emulator = ale_py.ALEInterface()
-        emulator.loadROM(get_rom_path(self.rom))
-        return [action.name for action in emulator.getMinimalActionSet()]
 
 
 def find_game(config: Config) -> Game:
@@ -416,7 +417,7 @@ class VectorGames:
     """What both ways of stepping N games have: `reset`, `start`, `step`, and what they count."""
 
     def __init__(self, game: Game, num_envs: int) -> None:
-        self.num_envs, self.action_names = num_envs, game.actions
+        self.num_envs, self.action_names = num_envs, action_names(game.rom)
         self.lives, self.frame_numbers = np.zeros((2, num_envs), int)
         self.ended = np.zeros(num_envs, bool)  # the last step ended an episode
         self.pulse = 0  # odd while the emulator's threads are waited for: see Watchdog
@@ -1045,7 +1046,7 @@ def load_agent(path: Path, game: Game) -> tuple[Agent, dict[str, Any]]:
     if about.get("game", game.rom) != game.rom:
         hint = f"--env-id={about.get('env_id')}"
         raise UserError(f"{path} plays {about['game']}, not {game.rom}: add {hint}")
-    agent = Agent(len(game.actions))
+    agent = Agent(len(action_names(game.rom)))
     for name, tensor in agent.state_dict().items():
         found, wanted = weights.get(name), tuple(tensor.shape)
         shape = "missing" if found is None else tuple(found.shape)
@@ -1369,12 +1370,12 @@ def make_state(
     if config.model_filename and not resumed:
         agent, _ = load_agent(find_model(config.model_filename), game)
     else:
-        agent = Agent(len(game.actions))
+        agent = Agent(len(action_names(game.rom)))
     agent.to(device)
     # fused: one pass over the 1.7 M parameters instead of a dozen, 0.8 ms a step for 3.9 on a CPU.
     fused = device.type in ("cpu", "cuda")
     optimizer = torch.optim.Adam(agent.parameters(), config.learning_rate, eps=1e-5, fused=fused)
-    about = {"game": game.rom, "env_id": config.env_id, "actions": game.actions}
+    about = {"game": game.rom, "env_id": config.env_id, "actions": action_names(game.rom)}
     about |= {"frame_stack": FRAME_STACK, "seed": config.seed}
     return TrainState(agent, optimizer, torch.Generator(device).manual_seed(config.seed), about)
 
@@ -1541,7 +1542,7 @@ def load_player(config: Config, game: Game) -> tuple[nn.Module, Path]:
     """The agent to play with, on its device, and its file; random has models/random_<game>."""
     device = pick_device(config.device)
     if config.model_filename == "random":
-        return RandomAgent(len(game.actions)), Path("models") / f"random_{game.rom}"
+        return RandomAgent(len(action_names(game.rom))), Path("models") / f"random_{game.rom}"
     path = find_model(config.model_filename or f"ai_{game.rom}_game.mdl")
     return load_agent(path, game)[0].to(device), path
 
