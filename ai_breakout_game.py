@@ -39,6 +39,7 @@ import itertools
 import json
 import math
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -47,9 +48,12 @@ import time
 import warnings
 import zipfile
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, get_args, get_type_hints
+
+if __name__ == "__main__":  # Ctrl-C while torch is imported: no traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 # Waiting OpenMP threads must sleep, not spin: the emulator's threads need the same cores, and
 # beside another busy process spinning costs two thirds of the speed. Read when torch is imported.
@@ -161,6 +165,8 @@ class Config:
                 f"--num-minibatches={self.num_minibatches} does not divide the batch of "
                 f"{self.num_envs} games x {self.num_steps} steps = {self.batch_size}"
             )
+        if self.num_envs * self.replay_steps > 10**8:  # a checkpoint has a byte for each
+            raise UserError("--replay-steps x --num-envs must be 100,000,000 or less")
         if self.record and Path(self.record).suffix.lower() not in (".gif", ".mp4"):
             raise UserError(f"--record={self.record} must end in .gif or .mp4")
         if self.record and self.evaluate:
@@ -537,7 +543,7 @@ class WrappedGames(VectorGames):
 
 
 def make_vector_env(game: Game, num_envs: int, multithreading: bool) -> NativeGames | WrappedGames:
-    """N games behind one interface: `reset`, `step`, `action_names`, `scores`, `lives`."""
+    """N games behind one interface: VectorGames, and the true `scores` so far, (N,) float64."""
     return (NativeGames if multithreading else WrappedGames)(game, num_envs)
 
 
@@ -734,7 +740,10 @@ class TrainState:
         """Become what `saved` was a copy of."""
         self.agent.load_state_dict(saved["weights"])
         self.optimizer.load_state_dict(saved["optimizer"])
-        self.generator.set_state(saved["generator"])
+        if saved["generator"].numel() == self.generator.get_state().numel():
+            self.generator.set_state(saved["generator"])
+        else:  # another kind of device, which draws other numbers
+            self.generator.manual_seed(self.about["seed"] + saved["update"])
         self.scores.extend(saved["scores"])
         for name in self.COUNTERS:
             if type(saved[name]) is not type(getattr(self, name)):
@@ -974,7 +983,9 @@ def save_file(content: dict[str, Any], path: Path, keep: Path | None = None) -> 
     buffer = io.BytesIO()
     torch.save(content, buffer)
     body = buffer.getvalue()[:-2]  # the last two bytes say how long the comment is: 0
-    path.parent.mkdir(parents=True, exist_ok=True)
+    for killed in path.parent.glob(f".{path.name}.*.tmp"):
+        if time.time() - killed.stat().st_mtime > 60:  # saving takes less than a second
+            killed.unlink()
     draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(draft, "wb") as file:
@@ -988,8 +999,8 @@ def save_file(content: dict[str, Any], path: Path, keep: Path | None = None) -> 
         draft.unlink(missing_ok=True)
 
 
-def read_file(path: Path, kind: str) -> tuple[Any, bool]:
-    """What torch.save or `save_file` wrote, and whether it was the latter.
+def read_file(path: Path, kind: str, bare: bool = False) -> Any:
+    """What `save_file` wrote; or torch.save by itself, where `bare` allows it.
 
     Nothing in the file is run, and nothing in it grows: an archive that is packed, or larger than
     its file, is refused like one that does not match its checksums. Raises UserError.
@@ -1007,12 +1018,11 @@ def read_file(path: Path, kind: str) -> tuple[Any, bool]:
                 raise ValueError("another version of this program saved it")
             length = len(seal(b""))
             sealed = data[-length:] == seal(data[:-length])
-            bare = data[-22:-18] == b"PK\5\6" and data[-2:] == b"\0\0"  # torch.save's own
+            bare &= data[-22:-18] == b"PK\5\6" and data[-2:] == b"\0\0"  # no comment
             if not sealed and (not bare or archive.testzip()):
                 raise ValueError("its checksum does not match")
         with warnings.catch_warnings(action="ignore"):
-            content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-        return content, sealed
+            return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:  # a dozen kinds; those of this program and the system have a reason
         known = isinstance(error, OSError | ValueError) and len(str(error)) < 80
         reason = str(error) if known else type(error).__name__
@@ -1038,7 +1048,7 @@ def load_agent(path: Path, game: Game) -> tuple[Agent, dict[str, Any]]:
     Nothing in the file is run. Returns the agent, and what the file says about it: {} for a bare
     state_dict. Raises UserError for a file that is no model, or that of another game.
     """
-    content, _ = read_file(path, "model")
+    content = read_file(path, "model", bare=True)
     about = content if isinstance(content, dict) and "weights" in content else {}
     weights = about.get("weights", content)
     if not isinstance(weights, dict) or not all(isinstance(x, Tensor) for x in weights.values()):
@@ -1091,9 +1101,10 @@ class Checkpoints:
         self.content: dict[str, Any] = {}
         self.models: dict[Path, dict[str, Any]] = {}  # to be written along with it
 
-    def keep(self, state: TrainState, games: ReplayableGames) -> None:
-        """Copy all that a resume needs: 20 MB, a few milliseconds."""
-        self.content = state.state_dict() | {"config": self.knobs, "replay": games.state_dict()}
+    def keep(self, state: TrainState, games: ReplayableGames, logger: Logger) -> None:
+        """Copy all that a resume needs: 20 MB and N bytes a step to replay, some milliseconds."""
+        others = {"replay": games.state_dict(), "pending": list(logger.pending)}
+        self.content = state.state_dict() | {"config": self.knobs} | others
 
     def keep_model(self, path: Path) -> None:
         """Have the next `write` also write the model that is kept now to `path`."""
@@ -1104,8 +1115,8 @@ class Checkpoints:
 
     def write(self) -> bool:
         """Write what is kept; say so if that fails. Returns whether all went well."""
-        files = [(path, model, None) for path, model in self.models.items()]
-        files.append((self.folder / self.NEWEST, self.content, self.folder / self.PREVIOUS))
+        files = [(self.folder / self.NEWEST, self.content, self.folder / self.PREVIOUS)]
+        files += [(path, model, None) for path, model in self.models.items()]
         self.due = time.monotonic() + self.seconds
         failed = 0
         for path, content, keep in files:
@@ -1113,36 +1124,38 @@ class Checkpoints:
                 save_file(content, path, keep)
                 self.models.pop(path, None)
             except OSError as error:
-                say(f"could not save {path} ({error.strerror}); will try again")
+                say(f"could not save {path} ({error.strerror})")
                 self.due = time.monotonic() + min(self.seconds, self.RETRY)
                 failed += 1
         return not failed
 
     @classmethod
-    def read(cls, folder: Path) -> dict[str, Any]:
-        """The newest checkpoint in `folder` that is whole; a damaged one is named and set aside.
+    def read(cls, folder: Path) -> tuple[dict[str, Any], str]:
+        """The newest checkpoint in `folder` that is whole, and what is wrong with a newer one.
 
         Raises UserError where there is none.
         """
-        problem = f"{folder}/ holds no checkpoint to go on from"
+        problem = ""
         for path in (folder / cls.NEWEST, folder / cls.PREVIOUS):
             if not path.exists():
                 continue
             try:
-                content, sealed = read_file(path, "checkpoint")
+                content = read_file(path, "checkpoint")
+                if isinstance(content, dict) and "replay" in content:
+                    return content, problem
+                problem = problem or f"{path} is not a checkpoint"
             except UserError as error:
-                problem = str(error)
-                continue
-            if not sealed or not isinstance(content, dict) or "replay" not in content:
-                problem = f"{path} is not a checkpoint"
-                continue
-            if path.name == cls.PREVIOUS and (folder / cls.NEWEST).exists():
-                say(f"{problem}; going on from {path.name}")
-                os.replace(folder / cls.NEWEST, folder / cls.DAMAGED)
-            for draft in folder.glob(".*.tmp"):  # a save that was killed
-                draft.unlink()
-            return content
-        raise UserError(problem)
+                problem = problem or str(error)
+        raise UserError(problem or f"{folder}/ holds no checkpoint to go on from")
+
+    @classmethod
+    def clear(cls, folder: Path, problem: str) -> None:
+        """Set a damaged newest checkpoint aside, and remove drafts of saves that were killed."""
+        if problem:
+            say(f"{problem}; going on from {cls.PREVIOUS}")
+            os.replace(folder / cls.NEWEST, folder / cls.DAMAGED)
+        for draft in folder.glob(".*.tmp"):
+            draft.unlink()
 
 
 class Progress:
@@ -1188,15 +1201,21 @@ class Progress:
 class Logger:
     """Takes every finished game and every update's metrics; feeds TensorBoard and the progress.
 
-    What cannot be written, since the disk is full, is kept until it can.
+    What cannot be written, since the disk is full, is kept until it can; and a checkpoint has what
+    was not yet written when it was made.
     """
 
     FLUSH, RETRY = 10, 60  # seconds between two attempts, and after one that failed
 
-    def __init__(self, folder: Path, config: Config, state: TrainState) -> None:
+    def __init__(
+        self, folder: Path, config: Config, state: TrainState, pending: Iterable[tuple] = ()
+    ) -> None:
         self.folder, self.config, self.writer = folder, config, None
-        self.pending: list[tuple[str, float, int, float]] = []  # tag, value, step, wall time
-        self.due, self.next_step = 0.0, state.global_step + 1
+        self.pending: list[tuple[str, float, int, float]] = list(
+            pending
+        )  # tag, value, step, wall time
+        first = min((step for _, _, step, _ in self.pending), default=state.global_step + 1)
+        self.due, self.next_step = 0.0, first
         self.progress = Progress(config.num_updates * config.batch_size, "steps", state.global_step)
 
     def open_writer(self) -> Any:
@@ -1206,12 +1225,13 @@ class Logger:
         from torch.utils.tensorboard.summary import hparams
 
         # The thread that writes would print a traceback; `flush` says in a line what it died of.
-        threading.excepthook = lambda failure: None
+        others = threading.__excepthook__
+        threading.excepthook = lambda x: "AsyncWriter" in repr(x.thread) or others(x)
         # Files are read in the order of the seconds in their names, and the clock may be set back.
         now, old = int(time.time()), sorted(self.folder.glob("events.out.tfevents.*"), reverse=True)
         for seconds, path in enumerate(old, 1):
             then = path.name.split(".")[3]
-            if int(then) > now - seconds:
+            if then.isdecimal() and int(then) > now - seconds:
                 path.rename(path.with_name(path.name.replace(then, f"{now - seconds:010}", 1)))
         writer = SummaryWriter(str(self.folder), purge_step=self.next_step)
         knobs = {k: str(v) if v is None else v for k, v in dataclasses.asdict(self.config).items()}
@@ -1221,12 +1241,13 @@ class Logger:
             writer.file_writer.add_summary(summary)  # add_hparams would open a second run
         return writer
 
-    def flush(self) -> None:
-        """Write what is pending. If that fails, it says so, and the next attempt is a new file's.
-
-        A file that broke off cannot be read beyond that point.
+    def flush(self) -> bool:
+        """Write what is pending. Returns whether that went well; if not, it says so, and the next
+        attempt is a new file's: one that broke off cannot be read beyond that point.
         """
         try:
+            if not self.folder.is_dir():
+                raise FileNotFoundError("it is gone")
             self.writer = self.writer or self.open_writer()
             for tag, value, step, when in self.pending:
                 self.writer.add_scalar(tag, value, step, when)
@@ -1234,20 +1255,20 @@ class Logger:
             self.next_step = max([self.next_step, *(step + 1 for _, _, step, _ in self.pending)])
             self.pending.clear()
             self.due = time.monotonic() + self.FLUSH
+            return True
         except Exception as error:  # whatever its thread died of
-            say(f"could not write curves to {self.folder}/ ({error}); will try again")
+            say(f"could not write curves to {self.folder}/ ({error})")
             with contextlib.suppress(Exception):
                 self.writer.close()
             self.writer, self.due = None, time.monotonic() + self.RETRY
+            return False
 
-    def log_games(
-        self, state: TrainState, num_envs: int, over: list[tuple[int, FinishedGame]]
-    ) -> None:
+    def log_games(self, state: TrainState, over: list[tuple[int, FinishedGame]]) -> None:
         """Count the games that ended in the rollout since, each at the step it ended at."""
         for t, game in over:
             state.games += 1
             state.scores.append(game.score)  # `mean_return` follows
-            step, now = state.global_step + t * num_envs, time.time()
+            step, now = state.global_step + t * self.config.num_envs, time.time()
             self.pending += [
                 ("charts/episodic_return", game.score, step, now),
                 ("charts/episodic_length", game.length, step, now),
@@ -1266,12 +1287,13 @@ class Logger:
         if time.monotonic() >= self.due:
             self.flush()
 
-    def close(self) -> None:
-        """Write what is not yet written."""
-        self.flush()
+    def close(self) -> bool:
+        """Write what is not yet written. Returns whether that went well."""
+        written = self.flush()
         self.progress.close()
         if self.writer:
             self.writer.close()
+        return written
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1311,13 +1333,14 @@ def locked(folder: Path) -> Iterator[None]:
     was_there = path.exists()
     try:
         with FileLock(path, timeout=0, is_singleton=True):  # may be held twice by one process
-            yield
+            try:
+                yield
+            except UserError:
+                if not was_there:  # a mistake writes nothing
+                    path.unlink(missing_ok=True)
+                raise
     except Timeout:
         raise UserError(f"{folder}/ is being trained by another process") from None
-    except UserError:
-        if not was_there:  # a mistake writes nothing
-            path.unlink(missing_ok=True)
-        raise
 
 
 def new_run(env_id: str, seed: int) -> Run:
@@ -1334,9 +1357,11 @@ def find_run(name: str) -> Path:
     """The folder of the run `name`: a path, a name in runs/, or latest. Raises UserError."""
     folders = [Path(name), Path("runs") / name] if name else []
     if name == "latest":
-        found = Path("runs").glob("*/checkpoint*.pt")
-        folders = [path.parent for path in sorted(found, key=lambda path: path.stat().st_mtime)]
-        folders.reverse()
+        saved: dict[Path, float] = {}
+        for path in Path("runs").glob("*/checkpoint*.pt"):
+            with contextlib.suppress(OSError):  # it is being renamed
+                saved[path.parent] = max(path.stat().st_mtime, saved.get(path.parent, 0))
+        folders = sorted(saved, key=saved.get, reverse=True)
     for folder in folders:
         with contextlib.suppress(OSError, ValueError):  # a name no folder can have
             if folder.is_dir():
@@ -1345,7 +1370,7 @@ def find_run(name: str) -> Path:
 
 
 # What may differ when a run is resumed. Any other knob would make it another run.
-RESUME_KNOBS = ("resume", "total_timesteps", "checkpoint_minutes", "device")
+RESUME_KNOBS = ("total_timesteps", "checkpoint_minutes", "device")
 
 
 def resumed_config(given: dict[str, Any], knobs: dict[str, Any]) -> Config:
@@ -1357,7 +1382,7 @@ def resumed_config(given: dict[str, Any], knobs: dict[str, Any]) -> Config:
     total = knobs["total_timesteps"]
     if given.get("total_timesteps", total) < total:
         raise UserError(f"--total-timesteps can only be raised: it is {total}")
-    return Config(**knobs | {x: given[x] for x in RESUME_KNOBS[1:] if x in given})
+    return Config(**knobs | given)
 
 
 def make_state(
@@ -1411,11 +1436,12 @@ class Watchdog:
                     os._exit(1)
 
 
-def print_summary(content: dict[str, Any], progress: Progress, run: Run, path: Path) -> None:
-    """What was learnt, how fast, where it lies, and which command shows it."""
-    config, steps = Config(**content["config"]), content["global_step"]
+def print_summary(
+    config: Config, content: dict[str, Any], progress: Progress, run: Run, path: Path
+) -> None:
+    """What was learnt, how fast, where it lies, and which commands show it and go on."""
     verb = "Trained" if content["update"] == config.num_updates else "Stopped after"
-    text = f"\n{verb} {steps:,} steps, {content['games']:,} games, in "
+    text = f"\n{verb} {content['global_step']:,} steps, {content['games']:,} games, in "
     text += f"{duration(progress.seconds)}: {progress.speed:,.0f} steps/s"
     if run.saved:
         text += f", resumed at {run.saved['global_step']:,}"
@@ -1425,11 +1451,13 @@ def print_summary(content: dict[str, Any], progress: Progress, run: Run, path: P
         text += f"\nmean score of the last {len(content['scores'])} games "
         text += f"{content['mean_return']:.2f}{best}"
     flag = "" if config.env_id == Config().env_id else f" --env-id={config.env_id}"
-    script = f"python3 {Path(sys.argv[0]).name}"
-    text += f"\n  weights  {path}\n  curves   tensorboard --logdir {run.folder.parent}"
-    text += f'\n  watch    {script} --run=1 --model-filename="{path.name}"{flag}'
+    script, folder = f"python3 {shlex.quote(sys.argv[0])}", shlex.quote(str(run.folder))
+    text += f"\n  curves   tensorboard --logdir {shlex.quote(str(run.folder.parent))}"
+    if path.exists():
+        text += f"\n  weights  {path}"
+        text += f'\n  watch    {script} --run=1 --model-filename="{path.name}"{flag}'
     more = "" if verb != "Trained" else f" --total-timesteps={2 * config.total_timesteps}"
-    say(text + f"\n  go on    {script} --resume={run.folder}{more}")
+    say(text + f"\n  go on    {script} --resume={folder}{more}")
 
 
 def set_up(config: Config, run: Run | None) -> tuple[TrainState, ReplayableGames, Rollout, Run]:
@@ -1449,13 +1477,15 @@ def set_up(config: Config, run: Run | None) -> tuple[TrainState, ReplayableGames
         try:
             state.load_state_dict(run.saved)
             say(f"{run.folder}/ at step {state.global_step:,}; bringing the games back ...")
-            frames = games.load_state_dict(run.saved["replay"])
+            with Watchdog(games.games):
+                frames = games.load_state_dict(run.saved["replay"])
         except Exception as error:
             raise UserError(f"{run.folder}/ holds no checkpoint of this run: {error}") from None
     else:
         frames = games.reset(config.seed)
         run = new_run(config.env_id, config.seed)
     rollout.frames[-1] = torch.from_numpy(frames)
+    Path("models").mkdir(exist_ok=True)
     say(f"{config.env_id}, {config.num_envs} games, on {device}; curves in {run.folder}/")
     return state, games, rollout, run
 
@@ -1463,11 +1493,11 @@ def set_up(config: Config, run: Run | None) -> tuple[TrainState, ReplayableGames
 def train(config: Config, run: Run | None = None) -> Path:
     """Train an agent, or go on with a `run`. Returns where its weights lie."""
     state, games, rollout, run = set_up(config, run)
-    logger, checkpoints = Logger(run.folder, config, state), Checkpoints(run.folder, config)
-    checkpoints.keep(state, games)
+    logger = Logger(run.folder, config, state, run.saved.get("pending", ()))
+    checkpoints = Checkpoints(run.folder, config)
+    checkpoints.keep(state, games, logger)
     with locked(run.folder), StopRequest() as stop, Watchdog(games.games, checkpoints.write):
-        if not run.saved:
-            checkpoints.write()
+        checkpoints.write()
         try:
             while state.update < config.num_updates and not stop.requested:
                 learning_rate = anneal(config, state)
@@ -1475,27 +1505,27 @@ def train(config: Config, run: Run | None = None) -> Path:
                 losses = update(state, rollout, config, stop)
                 if stop.requested:  # in its midst: a resume begins it anew
                     break
-                logger.log_games(state, config.num_envs, over)
+                logger.log_games(state, over)
                 state.update += 1
                 state.global_step += config.batch_size
                 logger.log_update(state, learning_rate, losses)
                 is_best = state.games >= 100 and state.mean_return > state.best_return
                 state.best_return = state.mean_return if is_best else state.best_return
-                checkpoints.keep(state, games)
+                checkpoints.keep(state, games, logger)
                 if is_best:
                     checkpoints.keep_model(run.folder / "best.mdl")
                 if time.monotonic() >= checkpoints.due:
-                    logger.flush()
                     checkpoints.write()
         finally:  # whatever ended it, what was learnt is kept
-            finished = state.update == config.num_updates
-            steps = config.total_timesteps if finished else state.global_step
-            path = Path("models") / f"ai_{state.about['game']}_game{steps}.mdl"
+            kept = checkpoints.content
+            finished = kept["update"] == config.num_updates
+            steps = config.total_timesteps if finished else kept["global_step"]
+            path = Path("models") / f"ai_{kept['game']}_game{steps}.mdl"
             for place in (run.folder / "last.mdl", path):
                 checkpoints.keep_model(place)
-            logger.close()
             saved = checkpoints.write()
-            print_summary(checkpoints.content, logger.progress, run, path)
+            saved &= logger.close()
+            print_summary(config, kept, logger.progress, run, path)
     if not saved:
         raise RunError(f"not all was saved: make room, then --resume={run.folder} goes on")
     return path
@@ -1506,12 +1536,13 @@ def resume(given: dict[str, Any]) -> Path:
     for mode in ("run", "evaluate", "record"):
         if given.get(mode):
             raise UserError(f"--resume trains: it does not go with --{mode}")
-    folder = find_run(given["resume"])
+    folder = find_run(given.pop("resume"))
     check_writable(folder)
     with locked(folder):
-        saved = Checkpoints.read(folder)
+        saved, problem = Checkpoints.read(folder)
         try:
             config = resumed_config(given, saved["config"])
+            Checkpoints.clear(folder, problem)
         except (KeyError, TypeError) as error:
             raise UserError(f"{folder}/ holds no checkpoint of this program: {error!r}") from None
         return train(config, Run(folder, saved))
@@ -2062,6 +2093,13 @@ def main(argv: list[str] | None = None) -> int:
     """Run the program. Returns its exit code: 0; 1 if a run could not go on; 2 after a user's
     mistake; 130 on Ctrl-C, but 0 in training, which Ctrl-C ends as it should.
     """
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name) or open(os.devnull, "w")  # noqa: SIM115  closed by the shell
+        with contextlib.suppress(AttributeError):
+            stream.reconfigure(errors="replace")  # where a terminal has no such letter
+        setattr(sys, name, stream)
     try:
         given = vars(build_parser().parse_args(argv))  # the flags that were typed, no others
         if "resume" in given:
@@ -2077,7 +2115,7 @@ def main(argv: list[str] | None = None) -> int:
         else:
             train(config)
         return 0
-    except (UserError, RunError) as error:
+    except (UserError, RunError, OSError) as error:  # OSError: a disk without room for a folder
         text = "".join(x if x.isprintable() else repr(x)[1:-1] for x in str(error))
         text = text if len(text) <= 300 else f"{text[:200]} ... {text[-90:]}"
         print(f"{Path(sys.argv[0]).name}: {text}", file=sys.stderr)

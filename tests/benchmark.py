@@ -59,10 +59,10 @@ def ours(updates, device):
             rate = script.anneal(config, state)
             over = script.collect_rollout(state, games, rollout, NeverStop())
             losses = script.update(state, rollout, config, NeverStop())
-            logger.log_games(state, ENVS, over)
+            logger.log_games(state, over)
             state.global_step += BATCH
             logger.log_update(state, rate, losses)
-            checkpoints.keep(state, games)
+            checkpoints.keep(state, games, logger)
         seconds = time.perf_counter() - start
         logger.close()
     return updates * BATCH / seconds

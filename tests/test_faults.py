@@ -78,7 +78,7 @@ def test_a_terminal_that_is_closed_costs_nothing(tmp_path):
     assert process.wait(timeout=60) == 0
     run = run_of(tmp_path)
     assert (run / "last.mdl").exists()
-    assert script.read_file(run / "checkpoint.pt", "checkpoint")[0]["update"] >= 1
+    assert script.read_file(run / "checkpoint.pt", "checkpoint")["update"] >= 1
     assert_whole(run)
 
 
@@ -99,6 +99,28 @@ def test_a_pipe_that_breaks_ends_no_training(tmp_path):
     process.stdout.close()
     assert process.wait(timeout=60) == 0
     assert (tmp_path / "models" / "ai_breakout_game640.mdl").is_file()
+
+
+@pytest.mark.parametrize("closed", [1, 2])
+def test_output_that_the_shell_closed_ends_no_training(tmp_path, closed):
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), *SMALL, "--total-timesteps=128"],
+        cwd=tmp_path, preexec_fn=lambda: os.close(closed), capture_output=True, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 0 and b"Traceback" not in done.stderr
+    assert (tmp_path / "models" / "ai_breakout_game128.mdl").is_file()
+
+
+def test_ctrl_c_before_anything_began_is_silent(tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, str(SCRIPT), *SMALL],
+        cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert b"Traceback" not in output and process.returncode != 0
+    assert os.listdir(tmp_path) == []
 
 
 # ---------------------------------------------------------------------------------- disk and files
@@ -123,9 +145,13 @@ def fill(disk):
 
 
 def assert_every_update_is_in_the_curves(run, batch=64):
-    last = script.read_file(run / "checkpoint.pt", "checkpoint")[0]["global_step"]
+    last = script.read_file(run / "checkpoint.pt", "checkpoint")["global_step"]
     steps = [event.step for event in curves(run).Scalars("losses/entropy")]
     assert steps == list(range(batch, last + 1, batch))
+
+
+def run_of_disk(small_disk):
+    return only(path for path in (small_disk / "runs").iterdir() if path.is_dir())
 
 
 def test_a_full_disk_ends_no_training_and_loses_nothing(small_disk):
@@ -133,15 +159,15 @@ def test_a_full_disk_ends_no_training_and_loses_nothing(small_disk):
     wait_for(" left; ", process)
     fill(small_disk / "runs")
     output = wait_for("could not save", process)
-    assert "checkpoint.pt (No space left on device); will try again" in output
-    run = only(path for path in (small_disk / "runs").iterdir() if path.is_dir())
-    stale = script.read_file(run / "checkpoint.pt", "checkpoint")[0]["update"]
+    assert "checkpoint.pt (No space left on device)" in output
+    run = run_of_disk(small_disk)
+    stale = script.read_file(run / "checkpoint.pt", "checkpoint")["update"]
     wait_for("could not write curves", process)
     (small_disk / "runs" / "filler").unlink()
     deadline = time.monotonic() + 60
-    while script.Checkpoints.read(run)["update"] <= stale and time.monotonic() < deadline:
+    while script.Checkpoints.read(run)[0]["update"] <= stale and time.monotonic() < deadline:
         time.sleep(0.3)
-    assert script.Checkpoints.read(run)["update"] > stale, "it saves again"
+    assert script.Checkpoints.read(run)[0]["update"] > stale, "it saves again"
     finish(process)
     assert_whole(run)
     assert_every_update_is_in_the_curves(run)
@@ -158,6 +184,17 @@ def test_a_disk_that_stays_full_ends_with_code_1_and_the_old_checkpoint(small_di
     (small_disk / "runs" / "filler").unlink()
     done = run_script("--resume=latest", cwd=small_disk)
     assert done.returncode == 0 and "Trained 6,400 steps" in done.stdout
+
+
+def test_where_not_all_has_room_the_checkpoint_comes_first(small_disk):
+    with open(small_disk / "runs" / "filler", "wb") as file:
+        file.write(bytes(25 * 2**20))  # room for two checkpoints and no more
+    done = run_script(*SMALL, "--total-timesteps=640", cwd=small_disk)
+    assert done.returncode == 1 and "could not save runs/" in done.stdout
+    assert script.Checkpoints.read(run_of_disk(small_disk))[0]["global_step"] == 640
+    (small_disk / "runs" / "filler").unlink()
+    assert run_script("--resume=latest", cwd=small_disk).returncode == 0
+    assert (run_of_disk(small_disk) / "last.mdl").is_file()
 
 
 def test_a_disk_that_becomes_read_only_ends_no_training(small_disk):
@@ -247,10 +284,20 @@ def test_a_dead_thread_of_the_emulator_ends_the_program_within_a_minute(tmp_path
     assert "the emulator has not answered for 30 seconds" in output.splitlines()[-1]
     run = run_of(tmp_path)
     assert_whole(run)
-    assert script.read_file(run / "checkpoint.pt", "checkpoint")[0]["update"] == 400 // 32
+    assert script.read_file(run / "checkpoint.pt", "checkpoint")["update"] == 400 // 32
     resumed = start("--resume=latest", cwd=tmp_path)
     wait_for(" left; ", resumed)
     assert "Stopped after" in finish(resumed)
+    assert_every_update_is_in_the_curves(run)
+
+
+def test_a_thread_that_dies_while_games_are_brought_back_ends_the_program_too(tmp_path):
+    quick = ("--total-timesteps=64", "--num-envs=2", "--num-steps=32", "--num-minibatches=2")
+    assert run_script(*quick, cwd=tmp_path).returncode == 0
+    early = DEAD_THREAD.replace("400", "20") + "\nscript.Watchdog.PATIENCE = 3"
+    process = start("--resume=latest", cwd=tmp_path, before=early)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 1 and "has not answered" in output.splitlines()[-1]
 
 
 def test_a_dead_thread_ends_a_measurement_too(tmp_path):
@@ -273,7 +320,7 @@ def test_a_clock_that_is_set_back_changes_nothing(tmp_path):
     wait_for(" left; ", process)
     run = run_of(tmp_path)
     time.sleep(4)
-    assert script.Checkpoints.read(run)["update"] > 0, "it still saves when it is time"
+    assert script.Checkpoints.read(run)[0]["update"] > 0, "it still saves when it is time"
     output = finish(process)
     assert re.search(r"in 0:00:0\d: \d+ steps/s", output), "and knows how long it took"
     resumed = start("--resume=latest", cwd=tmp_path, before=CLOCK.format(looks=-1))
@@ -320,7 +367,7 @@ def test_kill_9_at_thirty_moments_of_a_run_loses_nothing(tmp_path):
         process.communicate()
         drafts += len(list(run.glob(".*.tmp")))
         done = (
-            script.read_file(run / "checkpoint.pt", "checkpoint")[0]["update"]
+            script.read_file(run / "checkpoint.pt", "checkpoint")["update"]
             if (run / "checkpoint.pt").exists()
             else updates
         )

@@ -107,6 +107,38 @@ def test_a_run_that_is_over_goes_on_with_more_steps(stopped):
     assert rates[40:] == pytest.approx([2.5e-4 * (50 - i) / 50 for i in range(40, 50)])
 
 
+def test_more_steps_are_not_forgotten_by_a_kill(stopped):
+    process = start("--resume=latest", "--total-timesteps=1000000", cwd=".")
+    wait_for(" left; ", process)
+    process.kill()
+    process.communicate()
+    again = start("--resume=latest", cwd=".")
+    wait_for(" left; ", again)  # and not: trained, since it has its 2,560 steps
+    again.send_signal(signal.SIGINT)
+    assert "Stopped after" in again.communicate(timeout=60)[0]
+
+
+def test_a_run_moves_to_another_kind_of_device(stopped, capsys):
+    """Whose generator has a state of another size: 16 bytes on a GPU, thousands on a CPU."""
+    content, _ = script.Checkpoints.read(stopped)
+    content["generator"] = content["generator"][:16].clone()
+    script.save_file(content, stopped / "checkpoint.pt")
+    assert script.main(["--resume=latest", "--total-timesteps=2624"]) == 0
+    assert "Trained 2,624 steps" in capsys.readouterr().out
+
+
+def test_points_that_were_not_written_yet_are_in_the_checkpoint(stopped):
+    for events in stopped.glob("events*"):
+        events.unlink()
+    content, _ = script.Checkpoints.read(stopped)
+    content["pending"] = [("losses/entropy", 1.5, 2496, 1e9), ("losses/entropy", 1.25, 2560, 1e9)]
+    script.save_file(content, stopped / "checkpoint.pt")
+    (stopped / "events.out.tfevents.copy").touch()
+    assert script.main(["--resume=latest"]) == 0
+    points = curves(stopped).Scalars("losses/entropy")
+    assert [(e.step, e.value) for e in points] == [(2496, 1.5), (2560, 1.25)]
+
+
 def test_a_resume_with_nothing_left_to_do_writes_the_weights_once_more(stopped):
     shutil.rmtree("models")
     done = run_script("--resume=latest", cwd=".")
@@ -183,6 +215,11 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(stopped, capsy
     assert "going on from checkpoint.previous.pt" in output and f"at step {steps:,}" in output
     assert (stopped / "checkpoint.damaged.pt").exists(), "set aside, not thrown away"
     assert torch.load(stopped / "checkpoint.pt", weights_only=True)["global_step"] == 2560
+
+
+def test_a_mistake_leaves_a_damaged_checkpoint_where_it_is(stopped, capsys):
+    flip_a_bit(stopped / "checkpoint.pt")
+    assert "another run" in complaint(capsys, "--resume=latest", "--seed=9")
 
 
 def test_two_damaged_checkpoints_get_one_line(stopped, capsys):
@@ -279,7 +316,7 @@ def test_the_curves_of_ten_million_steps_stay_below_50_megabytes(tmp_path):
     losses = dict.fromkeys((*script.LOSS_NAMES, "explained_variance"), 0.123)
     over = [(t, script.FinishedGame(0, 1.0, 200)) for t in range(1, 126, 25)]
     for _ in range(config.num_updates):
-        logger.log_games(state, config.num_envs, over)
+        logger.log_games(state, over)
         state.update += 1
         state.global_step += config.batch_size
         logger.log_update(state, 1e-4, losses)

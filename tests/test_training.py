@@ -26,7 +26,7 @@ def test_the_lessons_command_trains_and_says_so(trained):
     assert done.returncode == 0, done.stderr
     assert "Trained 3,072 steps" in done.stdout
     watch = '--run=1 --model-filename="ai_breakout_game3000.mdl"'
-    assert f"python3 ai_breakout_game.py {watch}\n" in done.stdout
+    assert f"python3 {SCRIPT} {watch}\n" in done.stdout
     assert (folder / "models" / "ai_breakout_game3000.mdl").is_file()
     assert done.stderr == "", "no warning, no banner"
     assert re.search(r"1,024 steps, [\d.,]+ a second, 0:\d\d:\d\d left", done.stdout)
