@@ -128,7 +128,7 @@ def test_ctrl_c_before_anything_began_is_silent(tmp_path):
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A disk of 60 MB, where runs/ lies: a checkpoint has 20, and three must have room."""
+    """A disk of 70 MB, where runs/ lies: a checkpoint has 20, and three must have room."""
     (tmp_path / "runs").mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=70m", "tmpfs", str(tmp_path / "runs")]
     if os.getuid() != 0 or subprocess.run(mount, capture_output=True).returncode != 0:
@@ -188,7 +188,7 @@ def test_a_disk_that_stays_full_ends_with_code_1_and_the_old_checkpoint(small_di
 
 def test_where_not_all_has_room_the_checkpoint_comes_first(small_disk):
     with open(small_disk / "runs" / "filler", "wb") as file:
-        file.write(bytes(25 * 2**20))  # room for two checkpoints and no more
+        file.write(bytes(40 * 2**20))  # room for the first checkpoint, 7 MB, and one of 20
     done = run_script(*SMALL, "--total-timesteps=640", cwd=small_disk)
     assert done.returncode == 1 and "could not save runs/" in done.stdout
     assert script.Checkpoints.read(run_of_disk(small_disk))[0]["global_step"] == 640
@@ -294,14 +294,15 @@ def test_a_dead_thread_of_the_emulator_ends_the_program_within_a_minute(tmp_path
 def test_a_thread_that_dies_while_games_are_brought_back_ends_the_program_too(tmp_path):
     quick = ("--total-timesteps=64", "--num-envs=2", "--num-steps=32", "--num-minibatches=2")
     assert run_script(*quick, cwd=tmp_path).returncode == 0
-    early = DEAD_THREAD.replace("400", "20") + "\nscript.Watchdog.PATIENCE = 3"
+    early = DEAD_THREAD.replace("400", "20") + "script.Watchdog.PATIENCE = 3"
     process = start("--resume=latest", cwd=tmp_path, before=early)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 1 and "has not answered" in output.splitlines()[-1]
 
 
 def test_a_dead_thread_ends_a_measurement_too(tmp_path):
-    process = start("--evaluate=40", "--model-filename=random", cwd=tmp_path, before=DEAD_THREAD)
+    dead = DEAD_THREAD + "script.Watchdog.PATIENCE = 3"
+    process = start("--evaluate=40", "--model-filename=random", cwd=tmp_path, before=dead)
     output, _ = process.communicate(timeout=90)
     assert process.returncode == 1 and "has not answered" in output.splitlines()[-1]
 
