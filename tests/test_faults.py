@@ -162,7 +162,8 @@ def test_a_full_disk_ends_no_training_and_loses_nothing(small_disk):
     assert "checkpoint.pt (No space left on device)" in output
     run = run_of_disk(small_disk)
     stale = script.read_file(run / "checkpoint.pt", "checkpoint")["update"]
-    wait_for("could not write curves", process)
+    if "could not write curves" not in output:
+        wait_for("could not write curves", process)
     (small_disk / "runs" / "filler").unlink()
     deadline = time.monotonic() + 60
     while script.Checkpoints.read(run)[0]["update"] <= stale and time.monotonic() < deadline:
@@ -173,17 +174,18 @@ def test_a_full_disk_ends_no_training_and_loses_nothing(small_disk):
     assert_every_update_is_in_the_curves(run)
 
 
+@pytest.mark.slow
 def test_a_disk_that_stays_full_ends_with_code_1_and_the_old_checkpoint(small_disk):
-    process = start(*SMALL, OFTEN, "--total-timesteps=6400", cwd=small_disk)
+    process = start(*SMALL, OFTEN, "--total-timesteps=2560", cwd=small_disk)
     wait_for(" left; ", process)
     fill(small_disk / "runs")
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 1 and "Traceback" not in output
     assert "not all was saved: make room, then --resume=runs/" in output.splitlines()[-1]
-    assert (small_disk / "models" / "ai_breakout_game6400.mdl").is_file(), "there was room there"
+    assert (small_disk / "models" / "ai_breakout_game2560.mdl").is_file(), "there was room there"
     (small_disk / "runs" / "filler").unlink()
     done = run_script("--resume=latest", cwd=small_disk)
-    assert done.returncode == 0 and "Trained 6,400 steps" in done.stdout
+    assert done.returncode == 0 and "Trained 2,560 steps" in done.stdout
 
 
 def test_where_not_all_has_room_the_checkpoint_comes_first(small_disk):
@@ -215,7 +217,7 @@ def test_a_disk_that_becomes_read_only_ends_no_training(small_disk):
 
 def test_a_tensorboard_writer_that_fails_ends_no_training_and_loses_no_point(tmp_path):
     process = start(
-        *SMALL, "--total-timesteps=6400", cwd=tmp_path, before="script.Logger.FLUSH = 1"
+        *SMALL, "--total-timesteps=3200", cwd=tmp_path, before="script.Logger.FLUSH = 0.3"
     )
     wait_for(" left; ", process)
     while not (found := list(run_of(tmp_path).glob("events*"))):
@@ -275,6 +277,7 @@ script.AtariVectorEnv.step = deadly
 """
 
 
+@pytest.mark.slow
 def test_a_dead_thread_of_the_emulator_ends_the_program_within_a_minute(tmp_path):
     process = start(*SMALL, cwd=tmp_path, before=DEAD_THREAD)
     wait_for(" left; ", process)
@@ -300,6 +303,7 @@ def test_a_thread_that_dies_while_games_are_brought_back_ends_the_program_too(tm
     assert process.returncode == 1 and "has not answered" in output.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_a_dead_thread_ends_a_measurement_too(tmp_path):
     dead = DEAD_THREAD + "script.Watchdog.PATIENCE = 3"
     process = start("--evaluate=40", "--model-filename=random", cwd=tmp_path, before=dead)
