@@ -215,6 +215,7 @@ def test_a_disk_that_becomes_read_only_ends_no_training(small_disk):
     assert_every_update_is_in_the_curves(run)
 
 
+@pytest.mark.slow
 def test_a_tensorboard_writer_that_fails_ends_no_training_and_loses_no_point(tmp_path):
     process = start(
         *SMALL, "--total-timesteps=3200", cwd=tmp_path, before="script.Logger.FLUSH = 0.3"
@@ -320,6 +321,7 @@ time.time = lambda: true() - (3600 if next(count) > {looks} else 0)
 """
 
 
+@pytest.mark.slow
 def test_a_clock_that_is_set_back_changes_nothing(tmp_path):
     process = start(*SMALL, OFTEN, cwd=tmp_path, before=CLOCK.format(looks=100))
     wait_for(" left; ", process)
