@@ -1084,80 +1084,6 @@ def duration(seconds: float) -> str:
     return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
 
 
-class Checkpoints:
-    """Keeps a copy of what the last whole update came to, and writes it every few minutes.
-
-    So whatever happens in the middle of an update, there is a state to go on from. The file before
-    the newest stays until the newest is whole.
-    """
-
-    NEWEST, PREVIOUS, DAMAGED = "checkpoint.pt", "checkpoint.previous.pt", "checkpoint.damaged.pt"
-    RETRY = 60  # seconds, after a full disk
-
-    def __init__(self, folder: Path, config: Config) -> None:
-        self.folder, self.knobs = folder, dataclasses.asdict(config)
-        self.seconds = 60 * config.checkpoint_minutes
-        self.due = time.monotonic() + self.seconds
-        self.content: dict[str, Any] = {}
-        self.models: dict[Path, dict[str, Any]] = {}  # to be written along with it
-
-    def keep(self, state: TrainState, games: ReplayableGames, logger: Logger) -> None:
-        """Copy all that a resume needs: 20 MB and N bytes a step to replay, some milliseconds."""
-        others = {"replay": games.state_dict(), "pending": list(logger.pending)}
-        self.content = state.state_dict() | {"config": self.knobs} | others
-
-    def keep_model(self, path: Path) -> None:
-        """Have the next `write` also write the model that is kept now to `path`."""
-        weights = {name: x.cpu().contiguous() for name, x in self.content["weights"].items()}
-        names = ("game", "env_id", "actions", "frame_stack", "seed", "mean_return")
-        about = {name: self.content[name] for name in names}
-        self.models[path] = {"weights": weights, "steps": self.content["global_step"], **about}
-
-    def write(self) -> bool:
-        """Write what is kept; say so if that fails. Returns whether all went well."""
-        files = [(self.folder / self.NEWEST, self.content, self.folder / self.PREVIOUS)]
-        files += [(path, model, None) for path, model in self.models.items()]
-        self.due = time.monotonic() + self.seconds
-        failed = 0
-        for path, content, keep in files:
-            try:
-                save_file(content, path, keep)
-                self.models.pop(path, None)
-            except OSError as error:
-                say(f"could not save {path} ({error.strerror})")
-                self.due = time.monotonic() + min(self.seconds, self.RETRY)
-                failed += 1
-        return not failed
-
-    @classmethod
-    def read(cls, folder: Path) -> tuple[dict[str, Any], str]:
-        """The newest checkpoint in `folder` that is whole, and what is wrong with a newer one.
-
-        Raises UserError where there is none.
-        """
-        problem = ""
-        for path in (folder / cls.NEWEST, folder / cls.PREVIOUS):
-            if not path.exists():
-                continue
-            try:
-                content = read_file(path, "checkpoint")
-                if isinstance(content, dict) and "replay" in content:
-                    return content, problem
-                problem = problem or f"{path} is not a checkpoint"
-            except UserError as error:
-                problem = problem or str(error)
-        raise UserError(problem or f"{folder}/ holds no checkpoint to go on from")
-
-    @classmethod
-    def clear(cls, folder: Path, problem: str) -> None:
-        """Set a damaged newest checkpoint aside, and remove drafts of saves that were killed."""
-        if problem:
-            say(f"{problem}; going on from {cls.PREVIOUS}")
-            os.replace(folder / cls.NEWEST, folder / cls.DAMAGED)
-        for draft in folder.glob(".*.tmp"):
-            draft.unlink()
-
-
 class Progress:
     """A bar on a terminal; in a file or a pipe a plain line at first, then twice a minute."""
 
@@ -1294,6 +1220,80 @@ class Logger:
         if self.writer:
             self.writer.close()
         return written
+
+
+class Checkpoints:
+    """Keeps a copy of what the last whole update came to, and writes it every few minutes.
+
+    So whatever happens in the middle of an update, there is a state to go on from. The file before
+    the newest stays until the newest is whole.
+    """
+
+    NEWEST, PREVIOUS, DAMAGED = "checkpoint.pt", "checkpoint.previous.pt", "checkpoint.damaged.pt"
+    RETRY = 60  # seconds, after a full disk
+
+    def __init__(self, folder: Path, config: Config) -> None:
+        self.folder, self.knobs = folder, dataclasses.asdict(config)
+        self.seconds = 60 * config.checkpoint_minutes
+        self.due = time.monotonic() + self.seconds
+        self.content: dict[str, Any] = {}
+        self.models: dict[Path, dict[str, Any]] = {}  # to be written along with it
+
+    def keep(self, state: TrainState, games: ReplayableGames, logger: Logger) -> None:
+        """Copy all that a resume needs: 20 MB and N bytes a step to replay, some milliseconds."""
+        others = {"replay": games.state_dict(), "pending": list(logger.pending)}
+        self.content = state.state_dict() | {"config": self.knobs} | others
+
+    def keep_model(self, path: Path) -> None:
+        """Have the next `write` also write the model that is kept now to `path`."""
+        weights = {name: x.cpu().contiguous() for name, x in self.content["weights"].items()}
+        names = ("game", "env_id", "actions", "frame_stack", "seed", "mean_return")
+        about = {name: self.content[name] for name in names}
+        self.models[path] = {"weights": weights, "steps": self.content["global_step"], **about}
+
+    def write(self) -> bool:
+        """Write what is kept; say so if that fails. Returns whether all went well."""
+        files = [(self.folder / self.NEWEST, self.content, self.folder / self.PREVIOUS)]
+        files += [(path, model, None) for path, model in self.models.items()]
+        self.due = time.monotonic() + self.seconds
+        failed = 0
+        for path, content, keep in files:
+            try:
+                save_file(content, path, keep)
+                self.models.pop(path, None)
+            except OSError as error:
+                say(f"could not save {path} ({error.strerror})")
+                self.due = time.monotonic() + min(self.seconds, self.RETRY)
+                failed += 1
+        return not failed
+
+    @classmethod
+    def read(cls, folder: Path) -> tuple[dict[str, Any], str]:
+        """The newest checkpoint in `folder` that is whole, and what is wrong with a newer one.
+
+        Raises UserError where there is none.
+        """
+        problem = ""
+        for path in (folder / cls.NEWEST, folder / cls.PREVIOUS):
+            if not path.exists():
+                continue
+            try:
+                content = read_file(path, "checkpoint")
+                if isinstance(content, dict) and "replay" in content:
+                    return content, problem
+                problem = problem or f"{path} is not a checkpoint"
+            except UserError as error:
+                problem = problem or str(error)
+        raise UserError(problem or f"{folder}/ holds no checkpoint to go on from")
+
+    @classmethod
+    def clear(cls, folder: Path, problem: str) -> None:
+        """Set a damaged newest checkpoint aside, and remove drafts of saves that were killed."""
+        if problem:
+            say(f"{problem}; going on from {cls.PREVIOUS}")
+            os.replace(folder / cls.NEWEST, folder / cls.DAMAGED)
+        for draft in folder.glob(".*.tmp"):
+            draft.unlink()
 
 
 # --------------------------------------------------------------------------------------------------
