@@ -127,6 +127,8 @@ class Config:
     total_timesteps: int = knob(10_000_000, "training", "steps to train, all games together, in "
         "whole updates; on Breakout 1 M buy about 20 points, 10 M about 400", 1, 10**12)
     num_envs: int = knob(8, "training", "games played at once", 1, 4096)
+    precision: str = knob("auto", "training", "float32, bfloat16 or auto: bfloat16 where the device "
+                          "multiplies it natively, which is faster and learns alike")
     multithreading: bool = knob(True, "training", "step the games on native threads; no: the same "
         "games one after the other through the Python wrappers, to measure as to train")
     resume: str = knob("", "training", "go on with a run, exactly where its last checkpoint left "
@@ -624,14 +626,19 @@ class Dense(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (M, in_features) float32 -> (M, out_features) float32."""
-        if x.device.type != "cpu" or len(x) < 64:
+        if x.device.type != "cpu" or x.dtype != torch.float32 or len(x) < 64:
             return super().forward(x)
         image = x.t()[None, :, None]  # (1, in_features, 1, M): each sample a pixel
         return nn.functional.conv2d(image, self.weight[:, :, None, None], self.bias)[0, :, 0].t()
 
 
 class Agent(nn.Module):
-    """The network of Mnih et al. (2015), with a policy (actor) and a value (critic) on top."""
+    """The network of Mnih et al. (2015), with a policy (actor) and a value (critic) on top.
+
+    `precision` is what the large layers compute in; weights, actor and critic are float32 always.
+    """
+
+    precision = torch.float32
 
     def __init__(self, num_actions: int) -> None:
         super().__init__()
@@ -652,10 +659,17 @@ class Agent(nn.Module):
         # The order in which convolutions read fastest: 1.7 times the speed on a CPU.
         self.to(memory_format=torch.channels_last)
 
+    def autocast(self) -> torch.autocast:
+        """Where this is entered, weights are converted to `precision` once, not in each call."""
+        device, reduced = self.actor.weight.device.type, self.precision != torch.float32
+        return torch.autocast(device, self.precision, enabled=reduced)
+
     def forward(self, frames: Tensor) -> tuple[Tensor, Tensor]:
         """frames (M, 4, 84, 84) uint8 -> logits (M, A) float32, values (M,) float32."""
-        hidden = self.network(frames.float().mul_(1 / 255))
-        return self.actor(hidden), self.critic(hidden).squeeze(-1)
+        with self.autocast():
+            hidden = self.network(frames.to(self.precision).mul_(1 / 255)).float()
+        with torch.autocast(frames.device.type, enabled=False):
+            return self.actor(hidden), self.critic(hidden).squeeze(-1)
 
 
 def sample_actions(logits: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -794,19 +808,20 @@ def collect_rollout(
     # for 8 frames. Two halves of the games by turns, or one thread to act, were not faster.
     finished: list[tuple[int, FinishedGame]] = []
     rollout.frames[0] = rollout.frames[-1]
-    for t in range(len(rollout.actions)):
-        if stop.requested:
-            break
-        logits, rollout.values[t] = state.agent(rollout.frames[t])
-        rollout.actions[t], rollout.log_probs[t] = sample_actions(logits, state.generator)
-        result = games.step(rollout.actions[t].cpu().numpy())
-        rollout.frames[t + 1] = torch.from_numpy(result.frames)
-        rollout.rewards[t] = torch.from_numpy(result.rewards)
-        rollout.terminated[t] = torch.from_numpy(result.terminated)
-        rollout.dones[t] = torch.from_numpy(result.terminated | result.truncated)
-        rollout.decided[t] = torch.from_numpy(result.decided)
-        finished += [(t + 1, game) for game in result.finished]
-    rollout.values[-1] = state.agent(rollout.frames[-1])[1]
+    with state.agent.autocast():  # weights are converted once, not at every step
+        for t in range(len(rollout.actions)):
+            if stop.requested:
+                break
+            logits, rollout.values[t] = state.agent(rollout.frames[t])
+            rollout.actions[t], rollout.log_probs[t] = sample_actions(logits, state.generator)
+            result = games.step(rollout.actions[t].cpu().numpy())
+            rollout.frames[t + 1] = torch.from_numpy(result.frames)
+            rollout.rewards[t] = torch.from_numpy(result.rewards)
+            rollout.terminated[t] = torch.from_numpy(result.terminated)
+            rollout.dones[t] = torch.from_numpy(result.terminated | result.truncated)
+            rollout.decided[t] = torch.from_numpy(result.decided)
+            finished += [(t + 1, game) for game in result.finished]
+        rollout.values[-1] = state.agent(rollout.frames[-1])[1]
     return finished
 
 
@@ -1310,6 +1325,19 @@ def pick_device(name: str) -> torch.device:
     return torch.device(there[0] if name == "auto" else name)
 
 
+def pick_precision(name: str, device: torch.device) -> torch.dtype:
+    """What the large layers compute in. Raises UserError for a name that is none."""
+    choices = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    if name != "auto" and name not in choices:
+        raise UserError(f"--precision={name} is neither auto, float32 nor bfloat16")
+    has = torch.cpu.get_capabilities()
+    native = has.get("avx512_bf16", False) or has.get("amx_bf16", False)
+    if device.type == "cuda":
+        native = torch.cuda.get_device_capability(device) >= (8, 0)
+    auto = "bfloat16" if native and device.type != "mps" else "float32"
+    return choices[auto if name == "auto" else name]
+
+
 def check_writable(folder: Path) -> None:
     """Raise UserError unless `folder` can be written to, or made."""
     place = folder.absolute()
@@ -1397,6 +1425,7 @@ def make_state(
     else:
         agent = Agent(len(action_names(game.rom)))
     agent.to(device)
+    agent.precision = pick_precision(config.precision, device)
     # fused: one pass over the 1.7 M parameters instead of a dozen, 0.8 ms a step for 3.9 on a CPU.
     fused = device.type in ("cpu", "cuda")
     optimizer = torch.optim.Adam(agent.parameters(), config.learning_rate, eps=1e-5, fused=fused)
