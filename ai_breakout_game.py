@@ -70,6 +70,7 @@ import cv2
 import gymnasium as gym
 import numpy as np
 import torch
+import torch.distributed as dist
 from ale_py.env import AtariEnv
 from ale_py.roms import get_rom_path
 from ale_py.vector_env import AtariVectorEnv
@@ -127,8 +128,10 @@ class Config:
     total_timesteps: int = knob(10_000_000, "training", "steps to train, all games together, in "
         "whole updates; on Breakout 1 M buy about 20 points, 10 M about 400", 1, 10**12)
     num_envs: int = knob(8, "training", "games played at once", 1, 4096)
-    precision: str = knob("auto", "training", "float32, bfloat16 or auto: bfloat16 where the device "
-                          "multiplies it natively, which is faster and learns alike")
+    precision: str = knob("auto", "training", "what large layers compute in: float32, bfloat16 or "
+        "auto, which takes bfloat16 where the device multiplies it natively")
+    compile: bool | None = knob(None, "training", "compile the network and the loss into fewer, "
+        "larger pieces, which takes a minute at first (default: on a GPU)")
     multithreading: bool = knob(True, "training", "step the games on native threads; no: the same "
         "games one after the other through the Python wrappers, to measure as to train")
     resume: str = knob("", "training", "go on with a run, exactly where its last checkpoint left "
@@ -188,6 +191,78 @@ class Config:
     def num_updates(self) -> int:
         """Whole updates that reach `total_timesteps`."""
         return math.ceil(self.total_timesteps / self.batch_size)
+
+
+# --------------------------------------------------------------------------------------------------
+# Processes: torchrun starts several, which train one agent together
+# --------------------------------------------------------------------------------------------------
+
+
+# Every process plays its part of the games and learns from its part of each minibatch. What a sum
+# over the minibatch is needed for, `total` sums over all of them: the gradient, the steps that
+# count, the mean and the spread of the advantages. So all have the same weights at any time; the
+# first alone logs and saves. One process by itself is a part that is the whole.
+
+
+class Place(NamedTuple):
+    """Which of the processes this is."""
+
+    rank: int
+    size: int
+
+    @property
+    def is_first(self) -> bool:
+        """The one that speaks, logs and saves."""
+        return self.rank == 0
+
+
+def place() -> Place:
+    """Which of torchrun's processes this is; the first of one without torchrun."""
+    return Place(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else Place(0, 1)
+
+
+def total(x: Tensor) -> Tensor:
+    """The sum of `x` over all processes, in each of them."""
+    if dist.is_initialized():
+        x = x.clone()
+        dist.all_reduce(x)
+    return x
+
+
+def gather(item: Any) -> list[Any]:
+    """The `item` of every process, by rank; [] in all but the first."""
+    if not dist.is_initialized():
+        return [item]
+    items = [None] * place().size if place().is_first else None
+    dist.gather_object(item, items)
+    return items or []
+
+
+def broadcast(item: Any) -> Any:
+    """The first process's `item`, in each of them."""
+    items = [item]
+    if dist.is_initialized():
+        dist.broadcast_object_list(items)
+    return items[0]
+
+
+@contextlib.contextmanager
+def all_processes() -> Iterator[None]:
+    """Join the processes that torchrun started, if it did. Raises RunError once one of them died:
+    the others notice it at the next sum.
+    """
+    if not (dist.is_available() and dist.is_torchelastic_launched()):
+        yield
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    try:
+        yield
+    except RuntimeError as error:
+        raise RunError(f"a process is gone, so all end: {str(error).splitlines()[0]}") from None
+    finally:
+        dist.destroy_process_group()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -559,13 +634,14 @@ class ReplayableGames:
 
     def __init__(self, games: NativeGames | WrappedGames, replay_steps: int) -> None:
         self.games, self.replay_steps = games, replay_steps
+        self.first = place().rank * games.num_envs  # number of the first game, of all processes'
 
     def reset(self, seed: int) -> np.ndarray:
         """Start all games anew, game i from seed + i. Returns frames, (N, 4, 84, 84) uint8."""
-        self.seeds = seed + np.arange(self.games.num_envs)
+        self.seeds = seed + self.first + np.arange(self.games.num_envs)
         self.ages = np.zeros_like(self.seeds)  # steps since the seed
         self.actions: deque[np.ndarray] = deque()  # (N,) uint8 each, since the oldest seed
-        return self.games.reset(seed)
+        return self.games.reset(seed + self.first)
 
     def step(self, actions: np.ndarray) -> StepResult:
         """Take `actions`, (N,) int64."""
@@ -574,7 +650,7 @@ class ReplayableGames:
         self.ages += 1
         old = result.restarted & (self.ages >= self.replay_steps)
         if old.any():
-            self.seeds[old] += self.games.num_envs
+            self.seeds[old] += self.games.num_envs * place().size
             self.ages[old] = 0
             frames = self.games.start(old, self.seeds)
             result = result._replace(frames=frames, lives=self.games.lives)
@@ -583,20 +659,28 @@ class ReplayableGames:
         return result
 
     def state_dict(self) -> dict[str, Tensor]:
-        """All that brings the games back: seeds, ages (N,) int64, actions (oldest, N) uint8."""
+        """All that brings the games back: seeds, ages (N,) int64, actions (oldest, N) uint8.
+
+        Every process has to call it; the first gets the games of all of them.
+        """
         actions = np.array(self.actions, np.uint8).reshape(-1, self.games.num_envs)
-        state = {"seeds": self.seeds, "ages": self.ages, "actions": actions}
-        return {name: torch.from_numpy(array.copy()) for name, array in state.items()}
+        parts = gather((self.seeds, self.ages, actions))
+        oldest = max((len(actions) for *_, actions in parts), default=0)
+        parts = [(*x, np.pad(y, ((oldest - len(y), 0), (0, 0)))) for *x, y in parts]
+        names = ("seeds", "ages", "actions")
+        return {name: torch.from_numpy(np.hstack(one)) for name, one in zip(names, zip(*parts))}
 
     def load_state_dict(self, saved: dict[str, Tensor]) -> np.ndarray:
-        """Play again what `saved` has. Returns frames, (N, 4, 84, 84) uint8.
+        """Play again what `saved` has of our games. Returns frames, (N, 4, 84, 84) uint8.
 
         A game whose seed is younger than the oldest starts once only its own steps are left.
         """
-        self.seeds, self.ages, actions = (saved[x].numpy() for x in ("seeds", "ages", "actions"))
-        self.actions = deque(actions)
+        ours = slice(self.first, self.first + self.games.num_envs)
+        names = ("seeds", "ages", "actions")
+        self.seeds, self.ages, actions = (saved[name].numpy()[..., ours].copy() for name in names)
+        self.actions = deque(actions[len(actions) - self.ages.max() :])
         frames = self.games.start(np.ones_like(self.ages, bool), self.seeds)
-        for left, step in zip(reversed(range(len(actions))), actions):
+        for left, step in zip(reversed(range(len(self.actions))), self.actions):
             frames = self.games.step(step.astype(np.int64)).frames
             young = self.ages == left
             if young.any():
@@ -672,11 +756,23 @@ class Agent(nn.Module):
             return self.actor(hidden), self.critic(hidden).squeeze(-1)
 
 
-def sample_actions(logits: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """logits (N, A) -> actions (N,) int64, drawn, and their log probabilities (N,)."""
+def gumbel_noise(size: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Draws from the Gumbel distribution, float32, of the shape `size`."""
+    draws = torch.empty(size, device=generator.device)
+    return -draws.exponential_(generator=generator).log_()
+
+
+def act(agent: nn.Module, frames: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """frames (N, 4, 84, 84) uint8 and Gumbel noise (N, A) -> actions (N,) int64, drawn from the
+    policy, their log probabilities (N,) and the values (N,).
+
+    The largest of log p + noise is action a with the probability p(a): Gumbel 1954. So all draws of
+    a rollout are made at once, and nothing in here is random.
+    """
+    logits, values = agent(frames)
     log_probs = logits.log_softmax(-1)
-    actions = torch.multinomial(log_probs.exp(), 1, generator=generator)
-    return actions.squeeze(-1), log_probs.gather(-1, actions).squeeze(-1)
+    actions = (log_probs + noise).argmax(-1)
+    return actions, log_probs.gather(-1, actions[:, None]).squeeze(-1), values
 
 
 # --------------------------------------------------------------------------------------------------
@@ -729,6 +825,8 @@ class TrainState:
     optimizer: torch.optim.Optimizer
     generator: torch.Generator  # draws actions and minibatches
     about: dict[str, Any]  # which game the agent plays, for those who load its weights
+    act: Callable[..., Any]  # `act` and `minibatch_loss`, compiled or as they stand
+    loss: Callable[..., Any]
     update: int = 0
     global_step: int = 0  # steps taken, all games together
     games: int = 0  # that are over
@@ -769,7 +867,7 @@ class StopRequest:
     """Turns Ctrl-C, SIGTERM and SIGHUP into a flag: training stops between two steps."""
 
     def __enter__(self) -> StopRequest:
-        self.requested = False
+        self.requested = self.signalled = False
         signals = [signal.SIGINT, signal.SIGTERM]
         if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
             signals.append(signal.SIGHUP)  # nohup has it ignored
@@ -778,10 +876,18 @@ class StopRequest:
 
     def handle(self, signum: int, frame: Any) -> None:
         """Once is enough: later signals change nothing while the state is being saved."""
-        if not self.requested:
+        if not self.signalled and place().is_first:
             with contextlib.suppress(OSError):  # the terminal may be what was closed
                 os.write(2, b"\nStopping; saving ...\n")  # print may be what it interrupted
-        self.requested = True
+        self.signalled = True
+        if place().size == 1:
+            self.requested = True
+
+    def agreed(self) -> bool:
+        """Whether to stop now: between two updates, all processes do if one of them was told to."""
+        if place().size > 1:
+            self.requested = bool(total(torch.tensor(int(self.signalled))))
+        return self.requested
 
     def __exit__(self, *error: Any) -> None:
         for signum, handler in self.before.items():
@@ -803,25 +909,27 @@ def collect_rollout(
 
     Returns the games that ended, each with the step it ended at, counted from 1.
     """
-    # Where a default update's 1.33 s go (two cores): 0.89 s to learning, as fast as a large matrix
-    # product, and 0.44 s here: 0.20 the emulator, 0.18 the network, which reads 6.4 MB of weights
-    # for 8 frames. Two halves of the games by turns, or one thread to act, were not faster.
-    finished: list[tuple[int, FinishedGame]] = []
-    rollout.frames[0] = rollout.frames[-1]
+    r, finished = rollout, []
+    num_steps, num_envs = r.actions.shape
+    # Drawn for the games of all processes, so that how many these are changes no game.
+    size = (num_steps, place().size * num_envs, state.agent.actor.out_features)
+    noise = gumbel_noise(size, state.generator)[:, place().rank * num_envs :][:, :num_envs]
+    results: list[StepResult] = []
+    r.frames[0] = r.frames[-1]
     with state.agent.autocast():  # weights are converted once, not at every step
-        for t in range(len(rollout.actions)):
+        for t in range(num_steps):
             if stop.requested:
-                break
-            logits, rollout.values[t] = state.agent(rollout.frames[t])
-            rollout.actions[t], rollout.log_probs[t] = sample_actions(logits, state.generator)
-            result = games.step(rollout.actions[t].cpu().numpy())
-            rollout.frames[t + 1] = torch.from_numpy(result.frames)
-            rollout.rewards[t] = torch.from_numpy(result.rewards)
-            rollout.terminated[t] = torch.from_numpy(result.terminated)
-            rollout.dones[t] = torch.from_numpy(result.terminated | result.truncated)
-            rollout.decided[t] = torch.from_numpy(result.decided)
+                return []
+            actions, r.log_probs[t], r.values[t] = state.act(state.agent, r.frames[t], noise[t])
+            r.actions[t] = actions
+            result = games.step(actions.cpu().numpy())  # the one wait for the device in a step
+            r.frames[t + 1] = torch.from_numpy(result.frames)
+            results.append(result._replace(frames=None))
             finished += [(t + 1, game) for game in result.finished]
-        rollout.values[-1] = state.agent(rollout.frames[-1])[1]
+        r.values[-1] = state.act(state.agent, r.frames[-1], noise[-1])[2]
+    for name in ("rewards", "terminated", "decided"):
+        getattr(r, name).copy_(torch.from_numpy(np.stack([getattr(x, name) for x in results])))
+    r.dones.copy_(torch.from_numpy(np.stack([x.terminated | x.truncated for x in results])))
     return finished
 
 
@@ -837,13 +945,12 @@ def compute_gae(
     After a termination V(s_t+1) is zero. A game that was only cut off keeps it: the environments
     show its last frame before they reset, so values[t + 1] is that frame's. Both end the sum.
     """
-    advantages = torch.zeros_like(rewards)
-    following = torch.zeros_like(rewards[0])
-    for t in reversed(range(len(rewards))):
-        delta = rewards[t] + gamma * values[t + 1] * ~terminated[t] - values[t]
-        following = delta + gamma * lam * following * ~dones[t]
-        advantages[t] = following
-    return advantages
+    delta = rewards + gamma * values[1:] * ~terminated - values[:-1]
+    decay = gamma * lam * (~dones).float()
+    advantages = [torch.zeros_like(rewards[0])]
+    for delta_t, decay_t in zip(reversed(delta.unbind()), reversed(decay.unbind())):
+        advantages.append(torch.addcmul(delta_t, decay_t, advantages[-1]))  # one launch a step
+    return torch.stack(advantages[:0:-1])
 
 
 class Batch(NamedTuple):
@@ -859,14 +966,25 @@ class Batch(NamedTuple):
 
 
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
-    """Mean of `x` where `mask` holds; zero where it holds nowhere."""
-    return (x * mask).sum() / mask.sum().clamp(min=1)
+    """Mean of `x` where `mask` holds, in all processes; zero where it holds nowhere."""
+    return total((x * mask).sum()) / total(mask.sum()).clamp(min=1)
 
 
 def masked_var(x: Tensor, mask: Tensor) -> Tensor:
-    """Variance of `x` where `mask` holds, unbiased."""
+    """Variance of `x` where `mask` holds, in all processes, unbiased."""
     centred = x - masked_mean(x, mask)
-    return (centred.square() * mask).sum() / (mask.sum() - 1).clamp(min=1)
+    return total((centred.square() * mask).sum()) / (total(mask.sum()) - 1).clamp(min=1)
+
+
+def weigh(minibatch: Batch, norm_adv: bool) -> tuple[Batch, Tensor]:
+    """Normalise the advantages, and give each step its weight in a mean, (M,) float32: 1 / count if
+    the agent decided it, else 0. Counted and normalised over the minibatch of all processes.
+    """
+    mask, advantages = minibatch.mask, minibatch.advantages
+    if norm_adv:
+        advantages = advantages - masked_mean(advantages, mask)
+        advantages = advantages / (masked_var(advantages, mask).sqrt() + 1e-8)
+    return minibatch._replace(advantages=advantages), mask / total(mask.sum()).clamp(min=1)
 
 
 LOSS_NAMES = (
@@ -878,56 +996,63 @@ def ppo_loss(
     logits: Tensor,
     values: Tensor,
     batch: Batch,
+    weights: Tensor,
     clip_coef: float,
     ent_coef: float,
     vf_coef: float,
-    norm_adv: bool,
     clip_vloss: bool,
 ) -> tuple[Tensor, Tensor]:
     """The loss of a minibatch, given what the network says now: logits (M, A), values (M,).
 
-    Returns the loss, a scalar, and its parts without gradient, (6,), named by LOSS_NAMES.
+    `batch` and `weights` are what `weigh` returns. Returns the loss, a scalar, and its parts
+    without gradient, (6,), named by LOSS_NAMES.
     """
-    mask = batch.mask
     all_log_probs = logits.log_softmax(-1)
     log_ratio = all_log_probs.gather(-1, batch.actions[:, None]).squeeze(-1) - batch.log_probs
     ratio = log_ratio.exp()
 
     # Clipped surrogate objective, equation 7: nothing is gained by moving beyond 1 +- clip_coef.
-    advantages = batch.advantages
-    if norm_adv:
-        advantages = advantages - masked_mean(advantages, mask)
-        advantages = advantages / (masked_var(advantages, mask).sqrt() + 1e-8)
     clipped_ratio = ratio.clamp(1 - clip_coef, 1 + clip_coef)
-    policy_loss = -masked_mean(torch.min(ratio * advantages, clipped_ratio * advantages), mask)
+    gain = torch.min(ratio * batch.advantages, clipped_ratio * batch.advantages)
+    policy_loss = -(gain * weights).sum()
 
     # The value's move is clipped alike: not in the paper, but in its authors' own program.
     errors = (values - batch.returns).square()
     if clip_vloss:
         clipped_values = batch.values + (values - batch.values).clamp(-clip_coef, clip_coef)
         errors = torch.max(errors, (clipped_values - batch.returns).square())
-    value_loss = 0.5 * masked_mean(errors, mask)
+    value_loss = 0.5 * (errors * weights).sum()
 
-    entropy = masked_mean(-(all_log_probs.exp() * all_log_probs).sum(-1), mask)
+    entropy = -((all_log_probs.exp() * all_log_probs).sum(-1) * weights).sum()
     loss = policy_loss - ent_coef * entropy + vf_coef * value_loss  # equation 9, its c1 halved
 
-    with torch.no_grad():  # two estimates of KL(old, new): joschu.net/blog/kl-approx.html
-        old_approx_kl = masked_mean(-log_ratio, mask)
-        approx_kl = masked_mean(ratio - 1 - log_ratio, mask)
-        clipfrac = masked_mean(((ratio - 1).abs() > clip_coef).float(), mask)
-    parts = (value_loss, policy_loss, entropy, old_approx_kl, approx_kl, clipfrac)
+    # Two estimates of KL(old, new): joschu.net/blog/kl-approx.html
+    kls = (-log_ratio, ratio - 1 - log_ratio, ((ratio - 1).abs() > clip_coef).float())
+    parts = (value_loss, policy_loss, entropy, *((kl * weights).sum() for kl in kls))
     return loss, torch.stack([part.detach() for part in parts])
+
+
+def minibatch_loss(agent: nn.Module, batch: Batch, *others: Any) -> tuple[Tensor, Tensor]:
+    """`ppo_loss` of what the network says of the minibatch's frames; `others` are its other
+    arguments. It is what is compiled, as a whole, with the gradient that follows from it.
+    """
+    logits, values = agent(batch.frames)
+    return ppo_loss(logits, values, batch, *others)
 
 
 def learn_minibatch(state: TrainState, minibatch: Batch, config: Config) -> Tensor:
     """One step of the optimizer. Returns the parts of the loss and the gradient's length, (7,)."""
     c = config
-    logits, values = state.agent(minibatch.frames)
-    loss, parts = ppo_loss(
-        logits, values, minibatch, c.clip_coef, c.ent_coef, c.vf_coef, c.norm_adv, c.clip_vloss
-    )
+    coefficients = (c.clip_coef, c.ent_coef, c.vf_coef, c.clip_vloss)
     state.optimizer.zero_grad()
+    loss, parts = state.loss(state.agent, *weigh(minibatch, c.norm_adv), *coefficients)
     loss.backward()
+    parts = parts.clone()  # the next call of a captured graph writes over it
+    if dist.is_initialized():
+        numbers = [p.grad for p in state.agent.parameters()] + [parts]
+        flat = total(torch.cat([x.flatten() for x in numbers]))  # one message, not thirteen
+        for x, summed in zip(numbers, flat.split([x.numel() for x in numbers])):
+            x.copy_(summed.view_as(x))
     norm = nn.utils.clip_grad_norm_(state.agent.parameters(), c.max_grad_norm)
     state.optimizer.step()
     return torch.cat([parts, norm[None]])
@@ -936,7 +1061,8 @@ def learn_minibatch(state: TrainState, minibatch: Batch, config: Config) -> Tens
 def update(
     state: TrainState, rollout: Rollout, config: Config, stop: StopRequest
 ) -> dict[str, float]:
-    """Learn from a rollout: `update_epochs` passes over its B steps, in minibatches of M.
+    """Learn from a rollout: `update_epochs` passes over its B steps, in minibatches of M. (With P
+    processes, each has B / P of them here, and M / P in each minibatch.)
 
     Returns the parts of the loss, means over all minibatches, and the explained variance; {} if
     `stop` was requested before. Raises RunError once there is a number that is none.
@@ -950,8 +1076,8 @@ def update(
     history: list[Tensor] = []
     for _ in range(c.update_epochs):
         device = batch.frames.device
-        order = torch.randperm(c.batch_size, generator=state.generator, device=device)
-        for pick in order.split(c.minibatch_size):
+        order = torch.randperm(len(pixels), generator=state.generator, device=device)
+        for pick in order.split(len(pixels) // c.num_minibatches):
             if stop.requested:
                 return {}
             # index_select copies whole frames, ten times as fast as [pick], in their memory order.
@@ -1086,6 +1212,8 @@ def load_agent(path: Path, game: Game) -> tuple[Agent, dict[str, Any]]:
 
 def say(text: str) -> None:
     """Print a line. A terminal that was closed, or a broken pipe, ends no training."""
+    if not place().is_first:
+        return
     try:
         tqdm.write(text)  # above the bar
         sys.stdout.flush()
@@ -1205,11 +1333,12 @@ class Logger:
             return False
 
     def log_games(self, state: TrainState, over: list[tuple[int, FinishedGame]]) -> None:
-        """Count the games that ended in the rollout since, each at the step it ended at."""
+        """Count the games that ended in the last rollout, each at the step it ended at."""
+        start, now = state.global_step - self.config.batch_size, time.time()
         for t, game in over:
             state.games += 1
             state.scores.append(game.score)  # `mean_return` follows
-            step, now = state.global_step + t * self.config.num_envs, time.time()
+            step = start + t * self.config.num_envs
             self.pending += [
                 ("charts/episodic_return", game.score, step, now),
                 ("charts/episodic_length", game.length, step, now),
@@ -1254,9 +1383,9 @@ class Checkpoints:
         self.content: dict[str, Any] = {}
         self.models: dict[Path, dict[str, Any]] = {}  # to be written along with it
 
-    def keep(self, state: TrainState, games: ReplayableGames, logger: Logger) -> None:
+    def keep(self, state: TrainState, replay: dict[str, Tensor], logger: Logger) -> None:
         """Copy all that a resume needs: 20 MB and N bytes a step to replay, some milliseconds."""
-        others = {"replay": games.state_dict(), "pending": list(logger.pending)}
+        others = {"replay": replay, "pending": list(logger.pending)}
         self.content = state.state_dict() | {"config": self.knobs} | others
 
     def keep_model(self, path: Path) -> None:
@@ -1338,6 +1467,36 @@ def pick_precision(name: str, device: torch.device) -> torch.dtype:
     return choices[auto if name == "auto" else name]
 
 
+def pick_compiler(wanted: bool | None, device: torch.device) -> Callable[[Any], Any]:
+    """What compiles `act` and `minibatch_loss`, or leaves them as they are. Raises UserError.
+
+    On a GPU each becomes a graph of kernels that is launched at once. On a CPU compiling gained a
+    tenth in bfloat16, lost a third in float32, and takes a minute: it has to be asked for.
+    """
+    if not (device.type == "cuda" if wanted is None else wanted):
+        return lambda function: function
+    try:
+        torch.compile(torch.neg)(torch.ones(2, device=device))
+    except Exception as error:  # a dozen kinds; most often there is no C++ compiler, or no Triton
+        if wanted:
+            reason = str(error).strip().splitlines()[0]
+            raise UserError(f"--compile=yes does not work on this machine: {reason}") from None
+        return lambda function: function
+
+    def compiler(function: Callable[..., Any]) -> Callable[..., Any]:
+        compiled = torch.compile(function, mode="reduce-overhead", fullgraph=True, dynamic=False)
+
+        @functools.wraps(function)
+        def call(*args: Any) -> Any:
+            torch.compiler.cudagraph_mark_step_begin()  # what the last call returned is done with
+            return compiled(*args)
+
+        return call
+
+    say("compiling; it takes a minute at first")
+    return compiler
+
+
 def check_writable(folder: Path) -> None:
     """Raise UserError unless `folder` can be written to, or made."""
     place = folder.absolute()
@@ -1398,7 +1557,7 @@ def find_run(name: str) -> Path:
 
 
 # What may differ when a run is resumed. Any other knob would make it another run.
-RESUME_KNOBS = ("total_timesteps", "checkpoint_minutes", "device")
+RESUME_KNOBS = ("total_timesteps", "checkpoint_minutes", "device", "compile")
 
 
 def resumed_config(given: dict[str, Any], knobs: dict[str, Any]) -> Config:
@@ -1431,7 +1590,9 @@ def make_state(
     optimizer = torch.optim.Adam(agent.parameters(), config.learning_rate, eps=1e-5, fused=fused)
     about = {"game": game.rom, "env_id": config.env_id, "actions": action_names(game.rom)}
     about |= {"frame_stack": FRAME_STACK, "seed": config.seed}
-    return TrainState(agent, optimizer, torch.Generator(device).manual_seed(config.seed), about)
+    generator = torch.Generator(device).manual_seed(config.seed)
+    compiler = pick_compiler(config.compile, device)
+    return TrainState(agent, optimizer, generator, about, compiler(act), compiler(minibatch_loss))
 
 
 class Watchdog:
@@ -1489,72 +1650,115 @@ def print_summary(
     say(text + f"\n  go on    {script} --resume={folder}{more}")
 
 
+def bring_back(state: TrainState, games: ReplayableGames, run: Run) -> np.ndarray:
+    """Go on where `run` was saved. Returns its games' frames. Raises UserError."""
+    try:
+        state.load_state_dict(run.saved)
+        say(f"{run.folder}/ at step {state.global_step:,}; bringing the games back ...")
+        with Watchdog(games.games):
+            return games.load_state_dict(run.saved["replay"])
+    except Exception as error:
+        raise UserError(f"{run.folder}/ holds no checkpoint of this run: {error}") from None
+
+
 def set_up(config: Config, run: Run | None) -> tuple[TrainState, ReplayableGames, Rollout, Run]:
     """All that training needs, new or as the checkpoint of `run` has it. Raises UserError."""
     game, device = find_game(config), pick_device(config.device)
+    num_envs, left = divmod(config.num_envs, place().size)
+    if left or num_envs * config.num_steps % config.num_minibatches:
+        raise UserError(
+            f"{config.num_envs} games x {config.num_steps} steps cannot be split evenly over "
+            f"{place().size} processes and then over --num-minibatches={config.num_minibatches}"
+        )
     for name in ("runs", "models"):
         check_writable(Path(name))
     state = make_state(config, game, device, resumed=bool(run))
     try:
-        rollout = make_rollout(config.num_steps, config.num_envs, device)
+        rollout = make_rollout(config.num_steps, num_envs, device)
     except RuntimeError:
         gigabytes = config.batch_size * FRAME_STACK * FRAME_SIZE**2 / 1e9
         raise UserError(f"a batch of {gigabytes:,.0f} GB has no room in memory") from None
-    games = make_vector_env(game, config.num_envs, config.multithreading)
+    games = make_vector_env(game, num_envs, config.multithreading)
     games = ReplayableGames(games, config.replay_steps)
     if run:
-        try:
-            state.load_state_dict(run.saved)
-            say(f"{run.folder}/ at step {state.global_step:,}; bringing the games back ...")
-            with Watchdog(games.games):
-                frames = games.load_state_dict(run.saved["replay"])
-        except Exception as error:
-            raise UserError(f"{run.folder}/ holds no checkpoint of this run: {error}") from None
+        frames = bring_back(state, games, run)
     else:
         frames = games.reset(config.seed)
-        run = new_run(config.env_id, config.seed)
+        run = broadcast(new_run(config.env_id, config.seed) if place().is_first else None)
+    for tensor in state.agent.state_dict().values():
+        if dist.is_initialized():
+            dist.broadcast(tensor, 0)  # another processor may have drawn others from the seed
     rollout.frames[-1] = torch.from_numpy(frames)
     Path("models").mkdir(exist_ok=True)
-    say(f"{config.env_id}, {config.num_envs} games, on {device}; curves in {run.folder}/")
+    where = f"{device} x {place().size}" if place().size > 1 else f"{device}"
+    say(f"{config.env_id}, {config.num_envs} games, on {where}; curves in {run.folder}/")
     return state, games, rollout, run
+
+
+def close_run(
+    config: Config, run: Run, checkpoints: Checkpoints, logger: Logger
+) -> tuple[Path, bool]:
+    """Save what is kept and say what it is. Returns where the weights lie, and if all went well."""
+    kept = checkpoints.content
+    steps = config.total_timesteps if kept["update"] == config.num_updates else kept["global_step"]
+    path = Path("models") / f"ai_{kept['game']}_game{steps}.mdl"
+    for target in (run.folder / "last.mdl", path):
+        checkpoints.keep_model(target)
+    saved = checkpoints.write()
+    saved &= logger.close()
+    print_summary(config, kept, logger.progress, run, path)
+    return path, saved
+
+
+def updates(
+    config: Config,
+    state: TrainState,
+    games: ReplayableGames,
+    rollout: Rollout,
+    stop: StopRequest,
+) -> Iterator[tuple[float, list[tuple[int, FinishedGame]], dict[str, float]]]:
+    """Play and learn, again and again, until the last update or `stop`: the whole of PPO.
+
+    Yields after each update, in every process: learning rate, games that ended, losses.
+    """
+    while state.update < config.num_updates and not stop.agreed():
+        learning_rate = anneal(config, state)
+        over = gather(collect_rollout(state, games, rollout, stop))
+        losses = update(state, rollout, config, stop)
+        if stop.requested:  # in its midst: a resume begins it anew
+            return
+        state.update += 1
+        state.global_step += config.batch_size
+        yield learning_rate, sorted(itertools.chain(*over), key=lambda x: x[0]), losses
 
 
 def train(config: Config, run: Run | None = None) -> Path:
     """Train an agent, or go on with a `run`. Returns where its weights lie."""
     state, games, rollout, run = set_up(config, run)
+    replay = games.state_dict()
+    if not place().is_first:
+        with StopRequest() as stop, Watchdog(games.games):
+            for _ in updates(config, state, games, rollout, stop):
+                games.state_dict()
+        return run.folder
     logger = Logger(run.folder, config, state, run.saved.get("pending", ()))
     checkpoints = Checkpoints(run.folder, config)
-    checkpoints.keep(state, games, logger)
+    checkpoints.keep(state, replay, logger)
     with locked(run.folder), StopRequest() as stop, Watchdog(games.games, checkpoints.write):
         checkpoints.write()
         try:
-            while state.update < config.num_updates and not stop.requested:
-                learning_rate = anneal(config, state)
-                over = collect_rollout(state, games, rollout, stop)
-                losses = update(state, rollout, config, stop)
-                if stop.requested:  # in its midst: a resume begins it anew
-                    break
+            for learning_rate, over, losses in updates(config, state, games, rollout, stop):
                 logger.log_games(state, over)
-                state.update += 1
-                state.global_step += config.batch_size
                 logger.log_update(state, learning_rate, losses)
                 is_best = state.games >= 100 and state.mean_return > state.best_return
                 state.best_return = state.mean_return if is_best else state.best_return
-                checkpoints.keep(state, games, logger)
+                checkpoints.keep(state, games.state_dict(), logger)
                 if is_best:
                     checkpoints.keep_model(run.folder / "best.mdl")
                 if time.monotonic() >= checkpoints.due:
                     checkpoints.write()
         finally:  # whatever ended it, what was learnt is kept
-            kept = checkpoints.content
-            finished = kept["update"] == config.num_updates
-            steps = config.total_timesteps if finished else kept["global_step"]
-            path = Path("models") / f"ai_{kept['game']}_game{steps}.mdl"
-            for place in (run.folder / "last.mdl", path):
-                checkpoints.keep_model(place)
-            saved = checkpoints.write()
-            saved &= logger.close()
-            print_summary(config, kept, logger.progress, run, path)
+            path, saved = close_run(config, run, checkpoints, logger)
     if not saved:
         raise RunError(f"not all was saved: make room, then --resume={run.folder} goes on")
     return path
@@ -1565,7 +1769,10 @@ def resume(given: dict[str, Any]) -> Path:
     for mode in ("run", "evaluate", "record"):
         if given.get(mode):
             raise UserError(f"--resume trains: it does not go with --{mode}")
-    folder = find_run(given.pop("resume"))
+    name = given.pop("resume")
+    if not place().is_first:
+        return train(*broadcast(None))
+    folder = find_run(name)
     check_writable(folder)
     with locked(folder):
         saved, problem = Checkpoints.read(folder)
@@ -1574,7 +1781,7 @@ def resume(given: dict[str, Any]) -> Path:
             Checkpoints.clear(folder, problem)
         except (KeyError, TypeError) as error:
             raise UserError(f"{folder}/ holds no checkpoint of this program: {error!r}") from None
-        return train(config, Run(folder, saved))
+        return train(*broadcast((config, Run(folder, saved))))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1628,7 +1835,8 @@ def run_episodes(
     while True:
         seen = torch.from_numpy(frames).to(device).contiguous(memory_format=torch.channels_last)
         logits, values = agent(seen)
-        drawn = logits.argmax(-1) if config.greedy else sample_actions(logits, generator)[0]
+        noise = 0 if config.greedy else gumbel_noise(logits.shape, generator)
+        drawn = (logits + noise).argmax(-1)
         actions, probs = drawn.cpu().numpy(), logits.softmax(-1).cpu().numpy()
         result = games.step(actions)
         yield Moment(frames, probs, values.cpu().numpy(), actions, result)
@@ -2108,7 +2316,7 @@ def build_parser() -> argparse.ArgumentParser:
         options: dict[str, Any] = {"type": kind, "metavar": metavar}
         default: Any = field.default
         if kind is bool:
-            default = "yes" if default else "no"
+            default = {True: "yes", False: "no", None: None}[default]
             options = {"type": parse_bool, "nargs": "?", "const": True, "metavar": "yes|no"}
         elif default not in (None, "") and kind is not str:
             default = f"{default:,}" if kind is int else f"{default:g}"
@@ -2132,7 +2340,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         given = vars(build_parser().parse_args(argv))  # the flags that were typed, no others
         if "resume" in given:
-            resume(given)
+            with all_processes():
+                resume(given)
             return 0
         config = Config(**given)
         if config.evaluate:
@@ -2142,7 +2351,8 @@ def main(argv: list[str] | None = None) -> int:
         elif config.run:
             play(config)
         else:
-            train(config)
+            with all_processes():
+                train(config)
         return 0
     except (UserError, RunError, OSError) as error:  # OSError: a disk without room for a folder
         text = "".join(x if x.isprintable() else repr(x)[1:-1] for x in str(error))

@@ -109,11 +109,17 @@ def direct_loss(logits, values, batch, clip, norm_adv, clip_vloss):
     return np.mean(policy), np.mean(value), np.mean(entropy), clipped / len(keep)
 
 
+def loss_of(logits, values, batch, norm_adv=True, clip_vloss=True):
+    """The loss of a minibatch and its parts, as an update comes to them."""
+    weighed = script.weigh(batch, norm_adv)
+    return script.ppo_loss(logits, values, *weighed, 0.1, 0.01, 0.5, clip_vloss)
+
+
 @pytest.mark.parametrize("norm_adv", [True, False])
 @pytest.mark.parametrize("clip_vloss", [True, False])
 def test_the_loss_is_the_formulas(norm_adv, clip_vloss):
     logits, values, batch = random_batch()
-    loss, parts = script.ppo_loss(logits, values, batch, 0.1, 0.01, 0.5, norm_adv, clip_vloss)
+    loss, parts = loss_of(logits, values, batch, norm_adv=norm_adv, clip_vloss=clip_vloss)
     parts = dict(zip(script.LOSS_NAMES, parts.tolist()))
     policy, value, entropy, clipfrac = direct_loss(logits, values, batch, 0.1, norm_adv, clip_vloss)
     assert parts["policy_loss"] == pytest.approx(policy, rel=1e-4)
@@ -126,9 +132,7 @@ def test_the_loss_is_the_formulas(norm_adv, clip_vloss):
 def test_an_unchanged_policy_has_no_divergence_and_clips_nothing():
     logits, values, batch = random_batch()
     log_probs = logits.log_softmax(-1).gather(-1, batch.actions[:, None]).squeeze(-1)
-    _, parts = script.ppo_loss(
-        logits, values, batch._replace(log_probs=log_probs), 0.1, 0, 1, True, True
-    )
+    _, parts = loss_of(logits, values, batch._replace(log_probs=log_probs))
     parts = dict(zip(script.LOSS_NAMES, parts.tolist()))
     assert parts["approx_kl"] == parts["old_approx_kl"] == parts["clipfrac"] == 0
 
@@ -142,7 +146,7 @@ def test_steps_that_the_agent_did_not_decide_change_nothing():
     results = []
     for one in (batch, batch._replace(**junk)):
         leaf = logits.clone().requires_grad_()
-        loss, parts = script.ppo_loss(leaf, values, one, 0.1, 0.01, 0.5, True, True)
+        loss, parts = loss_of(leaf, values, one)
         loss.backward()
         results.append((loss.item(), parts.tolist(), leaf.grad))
     assert results[0][:2] == results[1][:2]
@@ -162,7 +166,7 @@ def test_the_mean_and_variance_under_a_mask_are_those_of_what_it_holds():
 def test_a_minibatch_with_hardly_a_decision_gives_finite_numbers(steps_in_mask):
     logits, values, batch = random_batch()
     batch = batch._replace(mask=torch.arange(16) < steps_in_mask)
-    loss, parts = script.ppo_loss(logits, values, batch, 0.1, 0.01, 0.5, True, True)
+    loss, parts = loss_of(logits, values, batch)
     assert loss.isfinite() and parts.isfinite().all()
 
 
@@ -198,7 +202,8 @@ def test_the_layout_of_the_frames_in_memory_changes_no_result():
 
 def test_actions_are_drawn_as_often_as_they_are_likely():
     logits = torch.tensor([0.5, 0.3, 0.2]).log().expand(20_000, 3)
-    actions, log_probs = script.sample_actions(logits, torch.Generator().manual_seed(0))
+    noise = script.gumbel_noise(logits.shape, torch.Generator().manual_seed(0))
+    actions, log_probs, _ = script.act(lambda frames: (frames, None), logits, noise)
     shares = torch.bincount(actions) / len(actions)
     torch.testing.assert_close(shares, torch.tensor([0.5, 0.3, 0.2]), atol=0.02, rtol=0)
     torch.testing.assert_close(log_probs, logits.gather(1, actions[:, None]).squeeze(1))

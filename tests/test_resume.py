@@ -324,9 +324,9 @@ def test_the_curves_of_ten_million_steps_stay_below_50_megabytes(tmp_path):
     losses = dict.fromkeys((*script.LOSS_NAMES, "explained_variance"), 0.123)
     over = [(t, script.FinishedGame(0, 1.0, 200)) for t in range(1, 126, 25)]
     for _ in range(config.num_updates):
-        logger.log_games(state, over)
         state.update += 1
         state.global_step += config.batch_size
+        logger.log_games(state, over)
         logger.log_update(state, 1e-4, losses)
     logger.close()
     size = sum(path.stat().st_size for path in tmp_path.iterdir())
