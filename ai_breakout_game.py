@@ -260,7 +260,7 @@ def all_processes() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise RunError(f"a process is gone, so all end: {str(error).splitlines()[0]}") from None
+        raise RunError(f"a process is gone, so all end ({str(error)[:120]} ...)") from None
     finally:
         dist.destroy_process_group()
 
@@ -1076,7 +1076,9 @@ def update(
     history: list[Tensor] = []
     for _ in range(c.update_epochs):
         device = batch.frames.device
-        order = torch.randperm(len(pixels), generator=state.generator, device=device)
+        # As many draws as there are steps in all processes, so that all generators stay alike.
+        keys = torch.rand(c.batch_size, generator=state.generator, device=device)
+        order = keys.view(place().size, -1)[place().rank].argsort()
         for pick in order.split(len(pixels) // c.num_minibatches):
             if stop.requested:
                 return {}

@@ -339,3 +339,82 @@ def test_the_hidden_layer_is_a_linear_layer_whatever_multiplies_it(size):
         results.append([y, *torch.autograd.grad((y * weights).sum(), inputs)])
     for got, wanted in zip(*results):
         torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-3)
+
+
+# ------------------------------------------------------------------------ compiled, and in 16 bits
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_compiled_code_plays_and_learns_the_same(precision):
+    rollouts, weights, losses = [], [], []
+    for compile in (False, True):
+        config, games, state, rollout = small_run(compile=compile, precision=precision)
+        script.collect_rollout(state, games, rollout, NeverStop())
+        losses.append(script.update(state, rollout, config, NeverStop()))
+        rollouts.append(rollout)
+        weights.append(state.agent.state_dict())
+    bound = {"float32": 1e-5, "bfloat16": 1e-2}[precision]
+    plain, compiled = rollouts
+    assert torch.equal(plain.actions, compiled.actions)
+    assert torch.equal(plain.frames, compiled.frames)
+    torch.testing.assert_close(compiled.values, plain.values, rtol=bound, atol=bound)
+    assert weights[0].keys() == weights[1].keys(), "the same file, compiled or not"
+    for name, weight in weights[0].items():
+        # Adam moves a weight by its rate at most, whatever the gradient, so twice that is the most
+        # that four steps of a different sign could come to where the gradient is next to nothing.
+        atol = {"float32": 2e-6, "bfloat16": 2 * 4 * 2.5e-4}[precision]
+        torch.testing.assert_close(weights[1][name], weight, rtol=1e-4, atol=atol)
+    assert losses[1] == pytest.approx(losses[0], rel=20 * bound, abs=20 * bound)
+
+
+def test_what_cannot_be_compiled_is_refused_or_left_as_it_is(monkeypatch):
+    def fail(function):
+        raise RuntimeError("no compiler\nand much more")
+
+    monkeypatch.setattr(torch, "compile", fail)
+    with pytest.raises(script.UserError, match=r"--compile=yes does not work .*: no compiler$"):
+        script.pick_compiler(True, CPU)
+    assert script.pick_compiler(None, CPU)(script.act) is script.act
+
+
+@pytest.fixture(scope="module")
+def played():
+    """What 16 bits are measured on: real frames, and an agent whose actions are not all alike."""
+    _, games, state, rollout = small_run(precision="float32", seed=4)
+    script.collect_rollout(state, games, rollout, NeverStop())
+    torch.nn.init.orthogonal_(state.agent.actor.weight, 1.0)
+    return state.agent, rollout.frames.flatten(0, 1)
+
+
+def gradient_of(agent, frames, precision):
+    """Outputs, and a gradient through all layers as one vector, with the layers in `precision`."""
+    agent.precision = precision
+    agent.zero_grad()
+    logits, values = agent(frames)
+    (-logits.log_softmax(-1)[:, 1] + values.square()).mean().backward()
+    return logits, values, torch.cat([p.grad.flatten() for p in agent.parameters()])
+
+
+def test_the_gradient_in_16_bits_points_where_it_points_in_32(played):
+    exact, rounded = (gradient_of(*played, x) for x in (torch.float32, torch.bfloat16))
+    assert rounded[2].dtype == torch.float32 and not torch.equal(exact[2], rounded[2])
+    assert torch.cosine_similarity(exact[2], rounded[2], dim=0) > 0.999
+    torch.testing.assert_close(rounded[2].norm(), exact[2].norm(), rtol=0.01, atol=0)
+
+
+def test_the_policy_in_16_bits_is_the_policy_in_32(played):
+    exact, rounded = (gradient_of(*played, x) for x in (torch.float32, torch.bfloat16))
+    assert exact[0].softmax(-1).std() > 0.01, "not all actions are alike"
+    torch.testing.assert_close(rounded[0].softmax(-1), exact[0].softmax(-1), rtol=0, atol=0.01)
+    torch.testing.assert_close(rounded[1], exact[1], rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_auto_takes_16_bits_only_where_the_processor_multiplies_them(native, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": native})
+    wanted = torch.bfloat16 if native else torch.float32
+    assert script.pick_precision("auto", CPU) == wanted
+    assert script.pick_precision("float32", CPU) == torch.float32
+    with pytest.raises(script.UserError, match="--precision=half is neither"):
+        script.pick_precision("half", CPU)
