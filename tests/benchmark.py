@@ -3,14 +3,17 @@
     python tests/benchmark.py                  every part, three alternated rounds: ten minutes
     python tests/benchmark.py --busy           the same beside a second busy process
     python tests/benchmark.py --parts ours,emulator --rounds 1
+    python tests/benchmark.py --device cuda --parts emulator,acting,learner,ours --updates 200
+    python tests/benchmark.py --num-envs 64 --num-steps 64     the games chosen for speed
 
 Each part runs in a process of its own, with the settings its user would have, in turns, so that a
 machine that is slow for a while is slow for all of them. Printed are medians over the rounds, and
-ratios within a round, which a noisy machine changes least. 8 games, 128 steps, 4 epochs,
-minibatches of 256.
+ratios within a round, which a noisy machine changes least. 8 games, 128 steps, 4 epochs and 4
+minibatches, unless told otherwise; what --compile and --precision are, the script decides.
 """
 
 import argparse
+import contextlib
 import json
 import multiprocessing
 import os
@@ -22,92 +25,142 @@ import time
 from pathlib import Path
 
 SCRIPT_FOLDER = Path(__file__).resolve().parent.parent
-ENVS, STEPS, EPOCHS, MINIBATCH = 8, 128, 4, 256
-BATCH = ENVS * STEPS
+EPOCHS, MINIBATCHES = 4, 4
+WARM_UP = 2  # updates that are not measured: compiling, the first pages of memory
 
 
 class NeverStop:
     requested = False
 
 
-def our_parts(device_name):
+def our_parts(args):
     """The script's own pieces, as `train` puts them together."""
     sys.path.insert(0, str(SCRIPT_FOLDER))
     import ai_breakout_game as script  # before torch: it sets how OpenMP waits
 
     torch = script.torch
-
-    config = script.Config(num_envs=ENVS, num_steps=STEPS, device=device_name)
-    game, device = script.find_game(config), script.pick_device(device_name)
-    games = script.make_vector_env(game, ENVS, True)
+    knobs = {"num_envs": args.num_envs, "num_steps": args.num_steps, "device": args.device}
+    config = script.Config(**knobs, compile=args.compile, precision=args.precision)
+    game, device = script.find_game(config), script.pick_device(args.device)
+    games = script.make_vector_env(game, args.num_envs, True)
     games = script.ReplayableGames(games, config.replay_steps)
     state = script.make_state(config, game, device)
-    rollout = script.make_rollout(STEPS, ENVS, device)
-    rollout.frames[-1] = torch.from_numpy(games.reset(1))
+    rollout = script.make_rollout(args.num_steps, args.num_envs, device)
+    rollout.frames[-1] = script.to_blocks(torch.from_numpy(games.reset(1)))
     return script, config, games, state, rollout
 
 
-def ours(updates, device):
+def clock(script, args):
+    """Seconds, once the device has done all that it was given."""
+    if args.device == "cuda":
+        script.torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+@contextlib.contextmanager
+def gpu_busy(args):
+    """Prints the mean of what nvidia-smi says five times a second: percent of the time in which a
+    kernel ran.
+    """
+    if args.device != "cuda":
+        yield
+        return
+    query = ["nvidia-smi", "--query-gpu=utilization.gpu", "--format=csv,noheader,nounits"]
+    smi = subprocess.Popen([*query, "--loop-ms=200"], stdout=subprocess.PIPE, text=True)
+    yield
+    smi.terminate()
+    shares = [int(line) for line in smi.communicate()[0].split() if line.isdecimal()]
+    print(f"GPU busy {statistics.mean(shares):.0f} % of the time", file=sys.stderr)
+
+
+def ours(args):
     """Training steps a second of this script, TensorBoard included."""
-    script, config, games, state, rollout = our_parts(device)
+    script, config, games, state, rollout = our_parts(args)
     with tempfile.TemporaryDirectory() as folder:
         logger = script.Logger(Path(folder), config, state)
         checkpoints = script.Checkpoints(Path(folder), config)
-        for update in range(updates + 1):
-            if update == 1:  # the first one warms up
-                start = time.perf_counter()
+
+        def one_update():
             rate = script.anneal(config, state)
             over = script.collect_rollout(state, games, rollout, NeverStop())
             losses = script.update(state, rollout, config, NeverStop())
+            state.global_step += config.batch_size
             logger.log_games(state, over)
-            state.global_step += BATCH
             logger.log_update(state, rate, losses)
-            checkpoints.keep(state, games, logger)
-        seconds = time.perf_counter() - start
+            checkpoints.keep(state, games.state_dict(), logger)
+
+        for _ in range(WARM_UP):
+            one_update()
+        with gpu_busy(args):
+            start = clock(script, args)
+            for _ in range(args.updates):
+                one_update()
+            seconds = clock(script, args) - start
         logger.close()
-    return updates * BATCH / seconds
+    return args.updates * config.batch_size / seconds
 
 
-def collect(updates, device):
+def collect(args):
     """Steps a second of playing alone: emulator and network, nothing learnt."""
-    script, _, games, state, rollout = our_parts(device)
-    script.collect_rollout(state, games, rollout, NeverStop())
-    start = time.perf_counter()
-    for _ in range(updates):
+    script, config, games, state, rollout = our_parts(args)
+    for update in range(WARM_UP + args.updates):
+        if update == WARM_UP:
+            start = clock(script, args)
         script.collect_rollout(state, games, rollout, NeverStop())
-    return updates * BATCH / (time.perf_counter() - start)
+    return args.updates * config.batch_size / (clock(script, args) - start)
 
 
-def emulator(updates, device):
+class StandingStill:
+    """Games that never move: what playing costs without them."""
+
+    def __init__(self, result):
+        self.result = result
+
+    def step(self, actions):
+        return self.result
+
+
+def acting(args):
+    """Steps a second of the network alone: frames to the device, actions back."""
+    script, config, games, state, rollout = our_parts(args)
+    still = StandingStill(games.step(script.np.zeros(args.num_envs, int)))
+    for update in range(WARM_UP + args.updates):
+        if update == WARM_UP:
+            start = clock(script, args)
+        script.collect_rollout(state, still, rollout, NeverStop())
+    return args.updates * config.batch_size / (clock(script, args) - start)
+
+
+def emulator(args):
     """Steps a second of the games alone, with random actions."""
     import numpy as np
 
-    _, _, games, _, _ = our_parts(device)
+    _, config, games, _, _ = our_parts(args)
     rng = np.random.default_rng(0)
-    actions = rng.integers(0, 4, (updates * STEPS, ENVS))
+    actions = rng.integers(0, 4, (args.updates * args.num_steps, args.num_envs))
     start = time.perf_counter()
     for action in actions:
         games.step(action)
-    return updates * BATCH / (time.perf_counter() - start)
+    return args.updates * config.batch_size / (time.perf_counter() - start)
 
 
-def learner(updates, device):
+def learner(args):
     """Samples a second, forward and backward, of the update alone."""
-    script, config, games, state, rollout = our_parts(device)
+    script, config, games, state, rollout = our_parts(args)
     script.collect_rollout(state, games, rollout, NeverStop())
-    script.update(state, rollout, config, NeverStop())
-    start = time.perf_counter()
-    for _ in range(updates):
+    for update in range(WARM_UP + args.updates):
+        if update == WARM_UP:
+            start = clock(script, args)
         script.update(state, rollout, config, NeverStop())
-    return updates * BATCH * EPOCHS / (time.perf_counter() - start)
+    return args.updates * config.batch_size * EPOCHS / (clock(script, args) - start)
 
 
-def matmul(updates, device):
+def matmul(args):
     """GFLOP/s of a large matrix product: what the learner could at best come to."""
-    import torch
-
-    device = "cuda" if device == "cuda" else "cpu"
-    a, b = (torch.randn(2048, 2048, device=device) for _ in "ab")
+    script, _, _, state, _ = our_parts(args)
+    torch = script.torch
+    device, dtype = state.generator.device, state.agent.precision
+    a, b = (torch.randn(2048, 2048, device=device, dtype=dtype) for _ in "ab")
     best = 0.0
     for _ in range(20):
         start = time.perf_counter()
@@ -116,7 +169,7 @@ def matmul(updates, device):
     return best
 
 
-def sb3(updates, device):
+def sb3(args):
     """Training steps a second of stable-baselines3's PPO with the same settings."""
     import ale_py
     import gymnasium
@@ -125,19 +178,20 @@ def sb3(updates, device):
     from stable_baselines3.common.vec_env import VecFrameStack
 
     gymnasium.register_envs(ale_py)
-    env = VecFrameStack(make_atari_env("BreakoutNoFrameskip-v4", n_envs=ENVS, seed=1), 4)
+    env = VecFrameStack(make_atari_env("BreakoutNoFrameskip-v4", n_envs=args.num_envs, seed=1), 4)
+    batch = args.num_envs * args.num_steps
     model = PPO(
-        "CnnPolicy", env, n_steps=STEPS, n_epochs=EPOCHS, batch_size=MINIBATCH,
+        "CnnPolicy", env, n_steps=args.num_steps, n_epochs=EPOCHS, batch_size=batch // MINIBATCHES,
         learning_rate=2.5e-4, clip_range=0.1, clip_range_vf=0.1, ent_coef=0.01, vf_coef=0.5,
-        device=device,
+        device=args.device,
     )  # fmt: skip
-    model.learn(BATCH)
+    model.learn(batch)
     start = time.perf_counter()
-    model.learn(updates * BATCH, reset_num_timesteps=False)
-    return updates * BATCH / (time.perf_counter() - start)
+    model.learn(args.updates * batch, reset_num_timesteps=False)
+    return args.updates * batch / (time.perf_counter() - start)
 
 
-PARTS = {f.__name__: f for f in (emulator, collect, learner, matmul, ours, sb3)}
+PARTS = {f.__name__: f for f in (emulator, acting, collect, learner, matmul, ours, sb3)}
 UNITS = {"learner": "samples/s", "matmul": "GFLOP/s"}
 
 
@@ -147,14 +201,14 @@ def burn():
         sum(range(10_000))
 
 
-def measure(part, updates, device):
+def measure(part):
     """One part in a process of its own."""
-    command = [sys.executable, __file__, "--worker", part, "--updates", str(updates)]
-    command += ["--device", device]
+    command = [sys.executable, __file__, "--worker", part, *sys.argv[1:]]
     output = subprocess.run(command, capture_output=True, text=True)
     if output.returncode:
         sys.exit(f"{part} failed:\n{output.stderr}")
-    return json.loads(output.stdout.splitlines()[-1])
+    busy = [line for line in output.stderr.splitlines() if line.startswith("GPU busy")]
+    return *json.loads(output.stdout.splitlines()[-1]), "".join(busy)
 
 
 def peak_memory():
@@ -176,23 +230,39 @@ def report(rates, memory):
         ratios = [a / b for a, b in zip(rates["ours"], rates["sb3"])]
         shown = ", ".join(f"{r:.2f}" for r in ratios)
         print(f"\nours / sb3: {statistics.median(ratios):.2f} (rounds: {shown})")
+    if {"ours", "emulator"} <= rates.keys():
+        ratios = [a / b for a, b in zip(rates["ours"], rates["emulator"])]
+        print(f"ours / emulator alone: {statistics.median(ratios):.0%}")
+    if {"ours", "emulator", "acting", "learner"} <= rates.keys():
+        medians = {part: statistics.median(values) for part, values in rates.items()}
+        seconds = 1 / medians["emulator"] + 1 / medians["acting"] + EPOCHS / medians["learner"]
+        share = medians["ours"] * seconds
+        print(f"ours / the three parts one after the other: {share:.0%}")
     if {"learner", "matmul"} <= rates.keys():
         flops = statistics.median(rates["learner"]) * 49.5e-3
         share = flops / statistics.median(rates["matmul"])
         print(f"learner: {flops:.0f} GFLOP/s, {share:.0%} of the matrix product's")
 
 
-def main():
+def parse_args():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--updates", type=int, default=8, help="of 1,024 steps, a part and round")
+    parser.add_argument("--updates", type=int, default=8, help="of a part and round")
     parser.add_argument("--parts", default=",".join(PARTS), help=", ".join(PARTS))
+    parser.add_argument("--num-envs", type=int, default=8)
+    parser.add_argument("--num-steps", type=int, default=128)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--precision", default="auto")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction)
     parser.add_argument("--busy", action="store_true", help="beside a second busy process")
     parser.add_argument("--worker", choices=PARTS, help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main():
+    args = parse_args()
     if args.worker:
-        rate = PARTS[args.worker](args.updates, args.device)
+        rate = PARTS[args.worker](args)
         print(json.dumps([rate, peak_memory()]))
         return
     parts = args.parts.split(",")
@@ -202,10 +272,10 @@ def main():
         multiprocessing.Process(target=burn, daemon=True).start()
     for number in range(args.rounds):
         for part in parts:
-            rate, peak = measure(part, args.updates, args.device)
+            rate, peak, busy = measure(part)
             rates[part].append(rate)
             memory[part] = max(memory[part], peak)
-            print(f"round {number + 1}  {part:10} {rate:9,.0f}", flush=True)
+            print(f"round {number + 1}  {part:10} {rate:9,.0f}   {busy}", flush=True)
     report(rates, memory)
 
 

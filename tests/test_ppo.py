@@ -216,7 +216,7 @@ def small_run(multithreading=True, **knobs):
     games = script.make_vector_env(game, 2, multithreading)
     state = script.make_state(config, game, CPU)
     rollout = script.make_rollout(16, 2, CPU)
-    rollout.frames[-1] = torch.from_numpy(games.reset(config.seed))
+    rollout.frames[-1] = script.to_blocks(torch.from_numpy(games.reset(config.seed)))
     return config, games, state, rollout
 
 
@@ -418,3 +418,15 @@ def test_auto_takes_16_bits_only_where_the_processor_multiplies_them(native, mon
     assert script.pick_precision("float32", CPU) == torch.float32
     with pytest.raises(script.UserError, match="--precision=half is neither"):
         script.pick_precision("half", CPU)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("channels", "kernel", "stride", "side"), [(4, 8, 4, 84), (32, 4, 2, 20)])
+def test_a_convolution_in_blocks_is_the_same_convolution(dtype, channels, kernel, stride, side):
+    torch.manual_seed(0)
+    layer = script.BlockConv(channels, 16, kernel, stride).to(dtype)
+    x = torch.randn(64, channels, side, side).to(dtype)
+    wanted = torch.nn.functional.conv2d(x.float(), layer.weight.float(), layer.bias.float(), stride)
+    rounding = 1e-5 if dtype == torch.float32 else 0.02
+    for given in (x, script.to_blocks(x, stride)):
+        torch.testing.assert_close(layer(given).float(), wanted, rtol=rounding, atol=rounding)
