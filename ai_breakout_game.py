@@ -839,8 +839,8 @@ class Rollout(NamedTuple):
 def make_rollout(num_steps: int, num_envs: int, device: torch.device) -> Rollout:
     """Storage for T steps of N games: 28 kB a step, nearly all of it frames."""
     size = (num_steps, num_envs)
-    # In memory a block's pixels lie together, as the convolutions read them: a minibatch is gathered
-    # without being transposed.
+    # In memory a block's pixels lie together, as the convolutions read them: a minibatch is
+    # gathered without being transposed.
     side = FRAME_SIZE // BLOCK
     shape = (num_steps + 1, num_envs, side, side, FRAME_STACK * BLOCK**2)
     return Rollout(
