@@ -172,6 +172,8 @@ class Config:
             )
         if self.num_envs * self.replay_steps > 10**8:  # a checkpoint has a byte for each
             raise UserError("--replay-steps x --num-envs must be 100,000,000 or less")
+        if self.precision not in ("auto", "float32", "bfloat16"):
+            raise UserError(f"--precision={self.precision} is neither auto, float32 nor bfloat16")
         if self.record and Path(self.record).suffix.lower() not in (".gif", ".mp4"):
             raise UserError(f"--record={self.record} must end in .gif or .mp4")
         if self.record and self.evaluate:
@@ -1495,16 +1497,15 @@ def pick_device(name: str) -> torch.device:
 
 
 def pick_precision(name: str, device: torch.device) -> torch.dtype:
-    """What the large layers compute in. Raises UserError for a name that is none."""
-    choices = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-    if name != "auto" and name not in choices:
-        raise UserError(f"--precision={name} is neither auto, float32 nor bfloat16")
-    has = torch.cpu.get_capabilities()
-    native = has.get("avx512_bf16", False) or has.get("amx_bf16", False)
-    if device.type == "cuda":
-        native = torch.cuda.get_device_capability(device) >= (8, 0)
-    auto = "bfloat16" if native and device.type != "mps" else "float32"
-    return choices[auto if name == "auto" else name]
+    """What the large layers compute in: the dtype `name`, or what suits the device."""
+    if name == "auto":
+        if device.type == "cuda":
+            native = torch.cuda.get_device_capability(device) >= (8, 0)
+        else:
+            has = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+            native = has.get("avx512_bf16", False) or has.get("amx_bf16", False)
+        name = "bfloat16" if native else "float32"
+    return getattr(torch, name)
 
 
 def pick_compiler(wanted: bool | None, device: torch.device) -> Callable[[Any], Any]:

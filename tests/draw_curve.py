@@ -1,6 +1,6 @@
 """The picture of the model card: how a run learnt, and what its agent scored.
 
-    python tests/draw_curve.py runs/champion models/ai_breakout_game.evaluation.json picture.png
+python tests/draw_curve.py runs/champion models/ai_breakout_game.evaluation.json picture.png
 """
 
 import json
@@ -32,7 +32,9 @@ def draw(run, evaluation, picture):
 
     about = json.loads(Path(evaluation).read_text())
     right.hist(about["scores"], bins=25, color="#d9601a")
-    title = f"{about['episodes']} games afterwards: {about['mean']:.1f} ± {about['interval_95']:.1f}"
+    title = (
+        f"{about['episodes']} games afterwards: {about['mean']:.1f} ± {about['interval_95']:.1f}"
+    )
     right.set(xlabel="true score", ylabel="games", title=title)
     for axis in (left, right):
         axis.spines[["top", "right"]].set_visible(False)

@@ -417,7 +417,7 @@ def test_auto_takes_16_bits_only_where_the_processor_multiplies_them(native, mon
     assert script.pick_precision("auto", CPU) == wanted
     assert script.pick_precision("float32", CPU) == torch.float32
     with pytest.raises(script.UserError, match="--precision=half is neither"):
-        script.pick_precision("half", CPU)
+        script.Config(precision="half")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
