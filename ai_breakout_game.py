@@ -1098,14 +1098,31 @@ def learn_minibatch(state: TrainState, minibatch: Batch, config: Config) -> Tens
     return torch.cat([parts, norm[None]])
 
 
+def mean_metrics(state: TrainState, batch: Batch, history: list[Tensor]) -> dict[str, float]:
+    """Means of what `learn_minibatch` returned, and how much of the returns the values explained.
+
+    Raises RunError once there is a number that is none.
+    """
+    unexplained = masked_var(batch.returns - batch.values, batch.mask)
+    explained = 1 - unexplained / masked_var(batch.returns, batch.mask).clamp(min=1e-8)
+    weights = sum(parameter.detach().sum() for parameter in state.agent.parameters())
+    # Numbers leave the device once an update: a GPU has to be waited for each time.
+    numbers = torch.cat([torch.stack(history).mean(0), explained[None], weights[None]]).tolist()
+    if not all(map(math.isfinite, numbers)):
+        raise RunError(
+            f"update {state.update + 1} came to numbers that are none (nan or inf): it was thrown "
+            "away; go on from the weights above by --model-filename, with a lower --learning-rate"
+        )
+    return dict(zip((*LOSS_NAMES, "explained_variance"), numbers))
+
+
 def update(
     state: TrainState, rollout: Rollout, config: Config, stop: StopRequest
 ) -> dict[str, float]:
     """Learn from a rollout: `update_epochs` passes over its B steps, in minibatches of M. (With P
     processes, each has B / P of them here, and M / P in each minibatch.)
 
-    Returns the parts of the loss, means over all minibatches, and the explained variance; {} if
-    `stop` was requested before. Raises RunError once there is a number that is none.
+    Returns what `mean_metrics` does; {} if `stop` was requested before.
     """
     r, c = rollout, config
     advantages = compute_gae(r.rewards, r.values, r.terminated, r.dones, c.gamma, c.gae_lambda)
@@ -1129,17 +1146,7 @@ def update(
         if c.target_kl is not None and history[-1][LOSS_NAMES.index("approx_kl")] > c.target_kl:
             break
 
-    unexplained = masked_var(batch.returns - batch.values, batch.mask)
-    explained = 1 - unexplained / masked_var(batch.returns, batch.mask).clamp(min=1e-8)
-    weights = sum(parameter.detach().sum() for parameter in state.agent.parameters())
-    # Numbers leave the device once an update: a GPU has to be waited for each time.
-    numbers = torch.cat([torch.stack(history).mean(0), explained[None], weights[None]]).tolist()
-    if not all(map(math.isfinite, numbers)):
-        raise RunError(
-            f"update {state.update + 1} came to numbers that are none (nan or inf): it was thrown "
-            "away; go on from the weights above by --model-filename, with a lower --learning-rate"
-        )
-    return dict(zip((*LOSS_NAMES, "explained_variance"), numbers))
+    return mean_metrics(state, batch, history)
 
 
 # --------------------------------------------------------------------------------------------------
