@@ -18,7 +18,8 @@ Two cores take 700 steps a second. 2.8 million steps gave the agent that ships, 
 10.2 (mean of 100 games; a human 31.8, random buttons 1.7).
 
 The file reads once, from top to bottom: configuration, several processes, the game and its
-wrappers, the network, PPO, logs, training, playing, the command line. Functions call only what stands above them.
+wrappers, the network, PPO, logs, training, playing, the command line. Functions call only what
+stands above them.
 
 Shapes, named the same everywhere: T steps of a rollout, N environments, B = T * N, M samples of a
 minibatch, A actions. Frames are uint8 until the network, actions int64, flags bool.
