@@ -728,9 +728,7 @@ def to_blocks(x: Tensor, size: int = BLOCK) -> Tensor:
     In memory the channels lie innermost.
     """
     x = x.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1)  # (M, H, W, C)
-    x = x.unflatten(2, (-1, size)).unflatten(
-        1, (-1, size)
-    )  # (M, H / size, size, W / size, size, C)
+    x = x.unflatten(2, (-1, size)).unflatten(1, (-1, size))  # (M, H / size, size, W / size, ...)
     return x.transpose(2, 3).flatten(3).permute(0, 3, 1, 2)
 
 
@@ -1520,7 +1518,8 @@ def pick_compiler(wanted: bool | None, device: torch.device) -> Callable[[Any], 
     """What compiles `act` and `minibatch_loss`, or leaves them as they are. Raises UserError.
 
     On a GPU each becomes a graph of kernels that is launched at once. On a CPU compiling gained a
-    tenth in bfloat16, lost a third in float32, and takes a minute: it has to be asked for.
+    tenth in bfloat16, lost a third in float32, takes a minute, and stalls beside a busy process: it
+    has to be asked for.
     """
     if not (device.type == "cuda" if wanted is None else wanted):
         return lambda function: function
@@ -1734,9 +1733,9 @@ def set_up(config: Config, run: Run | None) -> tuple[TrainState, ReplayableGames
     else:
         frames = games.reset(config.seed)
         run = broadcast(new_run(config.env_id, config.seed) if place().is_first else None)
-    for tensor in state.agent.state_dict().values():
-        if dist.is_initialized():
-            dist.broadcast(tensor, 0)  # another processor may have drawn others from the seed
+    if dist.is_initialized():  # another processor may have drawn other weights from the seed
+        for tensor in state.agent.state_dict().values():
+            dist.broadcast(tensor, 0)
     rollout.frames[-1] = to_blocks(torch.from_numpy(frames))
     Path("models").mkdir(exist_ok=True)
     where = f"{device} x {place().size}" if place().size > 1 else f"{device}"
