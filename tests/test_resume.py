@@ -66,9 +66,10 @@ def unstopped(tmp_path_factory):
     ],
 )  # fmt: skip
 def test_a_run_that_was_stopped_ends_like_one_that_never_was(unstopped, tmp_path, way, number):
-    process = start(*RUN, f"--multithreading={way}", cwd=tmp_path)
+    process = start(*RUN, f"--multithreading={way}", "--checkpoint-minutes=0", cwd=tmp_path)
     wait_for(" left; ", process)
-    time.sleep(0.7)
+    while not list(tmp_path.glob("runs/*/checkpoint.previous.pt")):
+        time.sleep(0.01)  # until a second one is written, however slow the machine
     process.send_signal(number)
     process.communicate(timeout=60)
     before = outcome(tmp_path)[0]["update"]
