@@ -164,7 +164,8 @@ class Config:
             value, low, high = getattr(self, field.name), *map(field.metadata.get, ("low", "high"))
             number = isinstance(value, int | float) and not isinstance(value, bool)
             if number and not (low <= value <= high and abs(value) < math.inf):
-                bounds = f"{low:,g} or more" if high == math.inf else f"from {low:,g} to {high:,g}"
+                low, high = (f"{x:,}".removesuffix(".0") for x in (low, high))
+                bounds = f"{low} or more" if high == "inf" else f"from {low} to {high}"
                 raise UserError(f"--{field.name.replace('_', '-')} must be {bounds}, not {value}")
         if self.batch_size % self.num_minibatches:
             raise UserError(
@@ -184,11 +185,6 @@ class Config:
     def batch_size(self) -> int:
         """B = T * N: the steps that one update learns from."""
         return self.num_envs * self.num_steps
-
-    @property
-    def minibatch_size(self) -> int:
-        """M: the samples behind one step of the optimizer."""
-        return self.batch_size // self.num_minibatches
 
     @property
     def num_updates(self) -> int:
@@ -1044,7 +1040,7 @@ def ppo_loss(
     """The loss of a minibatch, given what the network says now: logits (M, A), values (M,).
 
     `batch` and `weights` are what `weigh` returns. Returns the loss, a scalar, and its parts
-    without gradient, (6,), named by LOSS_NAMES.
+    without gradient, (6,): all of LOSS_NAMES but the last.
     """
     all_log_probs = logits.log_softmax(-1)
     log_ratio = all_log_probs.gather(-1, batch.actions[:, None]).squeeze(-1) - batch.log_probs
@@ -1065,9 +1061,10 @@ def ppo_loss(
     entropy = -((all_log_probs.exp() * all_log_probs).sum(-1) * weights).sum()
     loss = policy_loss - ent_coef * entropy + vf_coef * value_loss  # equation 9, its c1 halved
 
-    # Two estimates of KL(old, new): joschu.net/blog/kl-approx.html
-    kls = (-log_ratio, ratio - 1 - log_ratio, ((ratio - 1).abs() > clip_coef).float())
-    parts = (value_loss, policy_loss, entropy, *((kl * weights).sum() for kl in kls))
+    # How far the policy has moved: two estimates of KL(old, new), joschu.net/blog/kl-approx.html,
+    # and the share of steps whose ratio is clipped.
+    moves = (-log_ratio, ratio - 1 - log_ratio, ((ratio - 1).abs() > clip_coef).float())
+    parts = (value_loss, policy_loss, entropy, *((move * weights).sum() for move in moves))
     return loss, torch.stack([part.detach() for part in parts])
 
 
@@ -1328,9 +1325,8 @@ class Logger:
         self, folder: Path, config: Config, state: TrainState, pending: Iterable[tuple] = ()
     ) -> None:
         self.folder, self.config, self.writer = folder, config, None
-        self.pending: list[tuple[str, float, int, float]] = list(
-            pending
-        )  # tag, value, step, wall time
+        # tag, value, step, wall time
+        self.pending: list[tuple[str, float, int, float]] = list(pending)
         first = min((step for _, _, step, _ in self.pending), default=state.global_step + 1)
         self.due, self.next_step = 0.0, first
         self.progress = Progress(config.num_updates * config.batch_size, "steps", state.global_step)
@@ -1694,7 +1690,7 @@ def print_summary(
     if path.exists():
         text += f"\n  weights  {path}"
         text += f'\n  watch    {script} --run=1 --model-filename="{path.name}"{flag}'
-    more = "" if verb != "Trained" else f" --total-timesteps={2 * config.total_timesteps}"
+    more = "" if verb != "Trained" else f" --total-timesteps={2 * content['global_step']}"
     say(text + f"\n  go on    {script} --resume={folder}{more}")
 
 
@@ -2145,6 +2141,8 @@ def record(config: Config) -> Path:
     """Play into --record, without a window: --episodes whole games, or --seconds."""
     game, path = find_game(config), Path(config.record)
     check_writable(path.parent)
+    if path.is_dir():
+        raise UserError(f"--record={path} is a folder")
     agent, _ = load_player(config, game)
     games = WrappedGames(game, 1, keep_rgb=True)
     recorder = Recorder(path)
@@ -2374,6 +2372,16 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def check_mode(given: dict[str, Any]) -> None:
+    """Raise UserError where flags of playing were typed that would begin a long training."""
+    if given.get("record") == "":
+        raise UserError("--record= needs the name of a file, .gif or .mp4")
+    playing = [f.name for f in dataclasses.fields(Config) if f.metadata["group"] == "playing"]
+    if not any(map(given.get, ("run", "evaluate", "record"))):
+        for name in given.keys() & set(playing):
+            raise UserError(f"--{name} is for playing: add --run, --evaluate=N or --record=NAME")
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the program. Returns its exit code: 0; 1 if a run could not go on; 2 after a user's
     mistake; 130 on Ctrl-C, but 0 in training, which Ctrl-C ends as it should.
@@ -2387,6 +2395,7 @@ def main(argv: list[str] | None = None) -> int:
         setattr(sys, name, stream)
     try:
         given = vars(build_parser().parse_args(argv))  # the flags that were typed, no others
+        check_mode(given)
         if "resume" in given:
             with all_processes():
                 resume(given)

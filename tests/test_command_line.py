@@ -63,7 +63,6 @@ def test_the_defaults_are_the_configs():
         (["--gamma=1.5"], "--gamma must be from 0 to 1, not 1.5"),
         (["--learning-rate=nan"], "--learning-rate must be"),
         (["--clip-coef=inf"], "--clip-coef must be 0 or more, not inf"),
-        (["--seed=-1"], "--seed must be"),
         (["--num-minibatches=3"], "does not divide the batch of 8 games x 128 steps = 1024"),
         (["--num-envs=many"], "--num-envs"),
         (["--run=maybe"], "'maybe' is neither yes nor no"),
@@ -86,6 +85,10 @@ def test_the_defaults_are_the_configs():
         (["--record=a.gif", "--evaluate=2"], "ask for one"),
         (["--record=a.gif", "--model-filename=nowhere.mdl"], "no model nowhere.mdl"),
         (["--record=a.gif", "--seconds=0"], "--seconds must be"),
+        (["--record="], "needs the name of a file"),
+        (["--seconds=5"], "--seconds is for playing: add --run"),
+        (["--greedy", "--total-timesteps=1000"], "--greedy is for playing"),
+        (["--seed=-1"], "--seed must be from 0 to 1,073,741,824, not -1"),
     ],
 )  # fmt: skip
 def test_a_mistake_gets_one_clear_line(capsys, monkeypatch, args, said):

@@ -129,6 +129,13 @@ def test_no_mode_takes_a_file_that_is_no_model(capsys, mode):
     assert os.listdir() == ["bad.mdl"]
 
 
+def test_a_recording_does_not_begin_where_its_name_is_a_folder(capsys):
+    Path("a.gif").mkdir()
+    assert script.main(["--record=a.gif", "--model-filename=random", "--seconds=0.2"]) == 2
+    assert "--record=a.gif is a folder" in capsys.readouterr().err
+    assert os.listdir() == ["a.gif"] and os.listdir("a.gif") == []
+
+
 # --------------------------------------------------------------------------------------- measuring
 
 
