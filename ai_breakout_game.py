@@ -124,6 +124,7 @@ class Config:
     greedy: bool = knob(False, "playing", "take the likeliest action instead of drawing one")
     episodes: int = knob(1, "playing", "whole games to record", 1)
     seconds: float | None = knob(None, "playing", "record so long, instead of whole games", 0.1)
+    skip: float = knob(0.0, "playing", "seconds that pass before a recording begins", 0)
     panel: bool = knob(True, "playing", "show what the agent sees and thinks beside the game")
 
     total_timesteps: int = knob(10_000_000, "training", "steps to train, all games together, in "
@@ -2148,11 +2149,13 @@ def record(config: Config) -> Path:
     recorder = Recorder(path)
     view = View(games.action_names, 2 if recorder.is_gif else 3, config.panel)
     frames = round(config.seconds * EMULATOR_FPS) if config.seconds else None
-    progress = Progress(frames, "frames")
+    skip = round(config.skip * EMULATOR_FPS)
+    progress = Progress(skip + frames if frames else None, "frames")
     try:
         for shots in watch(agent, games, config, config.seed, view):
-            shots = shots[: frames - recorder.count] if frames else shots
-            for rgb in shots:
+            wanted = shots[max(0, skip - progress.done) :]
+            wanted = wanted[: frames - recorder.count] if frames else wanted
+            for rgb in wanted:
                 recorder.add(view.picture(rgb))
             progress.advance(len(shots), f"game {view.games + 1}, score {games.scores[0]:g}")
             enough = recorder.count == frames if frames else view.games == config.episodes
@@ -2161,6 +2164,9 @@ def record(config: Config) -> Path:
     finally:  # Ctrl-C keeps what was recorded so far
         progress.close()
         print(recorder.close())
+    if not recorder.count:
+        seconds = progress.done / EMULATOR_FPS
+        raise UserError(f"--skip={config.skip:g}: it was over after {seconds:.0f} seconds")
     if recorder.full and not enough:
         print(f"A GIF ends after {recorder.GIF_SECONDS} seconds; an .mp4 has no end.")
     return path

@@ -273,17 +273,19 @@ def test_a_gif_has_the_right_frames_times_colours_and_size(model, capsys):
     assert os.listdir() == ["a.gif"], "nothing else is left"
 
 
+def pictures_of(video):
+    """Its frames, (n, height, width, 3) uint8, BGR."""
+    reader, pictures = cv2.VideoCapture(video), []
+    while (read := reader.read())[0]:
+        pictures.append(read[1])
+    return np.array(pictures)
+
+
 def test_an_mp4_has_sixty_frames_a_second_and_the_right_colours(model):
     args = ["--record=a.mp4", "--seconds=2", f"--model-filename={model}", "--panel=no"]
     assert script.main(args) == 0
-    video = cv2.VideoCapture("a.mp4")
-    assert video.get(cv2.CAP_PROP_FPS) == pytest.approx(60)
-    pictures = []
-    while True:
-        ok, picture = video.read()
-        if not ok:
-            break
-        pictures.append(picture)
+    assert cv2.VideoCapture("a.mp4").get(cv2.CAP_PROP_FPS) == pytest.approx(60)
+    pictures = pictures_of("a.mp4")
     assert len(pictures) == 120
     assert pictures[0].shape == (630, 480, 3), "without the panel"
     assert_wall(pictures[0], tolerance=12)
@@ -296,6 +298,23 @@ def test_whole_games_are_recorded_until_there_are_enough(capsys):
     assert script.main(args) == 0
     _, animation = cv2.imreadanimation("a.gif")
     assert 100 <= len(animation.frames) <= 120, "two games of 200 frames and their starts"
+
+
+def test_a_recording_may_begin_later_in_the_game(capsys):
+    play = ["--model-filename=random", "--panel=no"]
+    assert script.main(["--record=whole.mp4", "--seconds=3", *play]) == 0
+    assert script.main(["--record=late.mp4", "--seconds=1", "--skip=1.5", *play]) == 0
+    whole, late = pictures_of("whole.mp4"), pictures_of("late.mp4")
+    assert len(late) == 60
+    apart = [np.abs(late.astype(int) - whole[i : i + 60]).mean() for i in range(121)]
+    assert np.argmin(apart) == 90, "the same game, from its ninetieth frame on"
+
+
+def test_a_game_that_ends_before_the_recording_begins_is_one_line(capsys):
+    args = ["--record=a.gif", "--skip=60", "--model-filename=random", "--max-frames=120"]
+    assert script.main(args) == 2
+    assert "--skip=60: it was over after 2 seconds" in capsys.readouterr().err
+    assert not os.listdir()
 
 
 def test_a_gif_that_would_grow_too_large_ends_and_says_so(monkeypatch, capsys):
