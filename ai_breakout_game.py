@@ -1216,7 +1216,12 @@ def read_file(path: Path, kind: str, bare: bool = False) -> Any:
         raise UserError(f"{path} is not a {kind}: {reason}") from None
 
 
-def find_model(name: str) -> Path:
+def env_flag(config: Config) -> str:
+    """What a command needs beside its other flags to be about this game: nothing for Breakout."""
+    return "" if config.env_id == Config().env_id else f" --env-id={config.env_id}"
+
+
+def find_model(name: str, config: Config) -> Path:
     """A model's file: `name` as it stands, or in models/ here, or in models/ beside this script."""
     shipped = Path(__file__).resolve().parent / "models"
     for path in (Path(name), Path("models") / name, shipped / name):
@@ -1224,8 +1229,8 @@ def find_model(name: str) -> Path:
             if path.is_file():
                 return path
     raise UserError(
-        f"no model {name} here or in models/; train one with `python3 {Path(sys.argv[0]).name} "
-        '--total-timesteps=3000` and name it: --model-filename="ai_breakout_game3000.mdl"'
+        f"no model {name} here or in models/; `python3 {Path(sys.argv[0]).name} "
+        f"--total-timesteps=3000{env_flag(config)}` trains one and says how to watch it"
     )
 
 
@@ -1625,7 +1630,7 @@ def make_state(
     if config.model_filename == "random":
         raise UserError("--model-filename=random plays, but cannot be trained: leave it out")
     if config.model_filename and not resumed:
-        agent, _ = load_agent(find_model(config.model_filename), game)
+        agent, _ = load_agent(find_model(config.model_filename, config), game)
     else:
         agent = Agent(len(action_names(game.rom)))
     agent.to(device)
@@ -1680,17 +1685,17 @@ def print_summary(
     text += f"{duration(progress.seconds)}: {progress.speed:,.0f} steps/s"
     if run.saved:
         text += f", resumed at {run.saved['global_step']:,}"
+        text += "" if progress.done > progress.initial else ": nothing was left to train"
     if content["scores"]:
         best = content["best_return"]
         best = f", at best {best:.2f}" if math.isfinite(best) else ""
         text += f"\nmean score of the last {len(content['scores'])} games "
         text += f"{content['mean_return']:.2f}{best}"
-    flag = "" if config.env_id == Config().env_id else f" --env-id={config.env_id}"
     script, folder = f"python3 {shlex.quote(sys.argv[0])}", shlex.quote(str(run.folder))
     text += f"\n  curves   tensorboard --logdir {shlex.quote(str(run.folder.parent))}"
     if path.exists():
         text += f"\n  weights  {path}"
-        text += f'\n  watch    {script} --run=1 --model-filename="{path.name}"{flag}'
+        text += f'\n  watch    {script} --run=1 --model-filename="{path.name}"{env_flag(config)}'
     more = "" if verb != "Trained" else f" --total-timesteps={2 * content['global_step']}"
     say(text + f"\n  go on    {script} --resume={folder}{more}")
 
@@ -1855,7 +1860,7 @@ def load_player(config: Config, game: Game) -> tuple[nn.Module, Path]:
     device = pick_device(config.device)
     if config.model_filename == "random":
         return RandomAgent(len(action_names(game.rom))), Path("models") / f"random_{game.rom}"
-    path = find_model(config.model_filename or f"ai_{game.rom}_game.mdl")
+    path = find_model(config.model_filename or f"ai_{game.rom}_game.mdl", config)
     return load_agent(path, game)[0].to(device), path
 
 

@@ -40,7 +40,7 @@ def test_a_model_is_found_as_given_then_in_models_then_beside_the_script(tmp_pat
     for folder in (shipped, Path("models"), Path()):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "a.mdl").write_text("")
-        assert script.find_model("a.mdl").resolve() == (folder / "a.mdl").resolve()
+        assert script.find_model("a.mdl", script.Config()).resolve() == (folder / "a.mdl").resolve()
 
 
 def test_a_saved_model_comes_back_bit_for_bit(model):

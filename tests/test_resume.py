@@ -114,6 +114,13 @@ def test_a_run_that_is_over_goes_on_with_more_steps(stopped):
     assert rates[30:] == pytest.approx([2.5e-4 * (40 - i) / 40 for i in range(30, 40)])
 
 
+def test_a_run_that_is_over_and_is_given_no_more_steps_says_so(stopped, capsys):
+    assert script.main([f"--resume={stopped}"]) == 0
+    output = capsys.readouterr().out
+    assert "resumed at 1,920: nothing was left to train" in output
+    assert "--total-timesteps=3840" in output, "the command that goes on"
+
+
 def test_more_steps_are_not_forgotten_by_a_kill(stopped):
     process = start("--resume=latest", "--total-timesteps=1000000", cwd=".")
     wait_for(" left; ", process)
