@@ -151,7 +151,6 @@ class Config:
     num_minibatches: int = knob(4, "PPO", "parts that a batch is learnt in; must divide it", 1)
     update_epochs: int = knob(4, "PPO", "times that each batch is learnt from", 1, 1000)
     norm_adv: bool = knob(True, "PPO", "normalise the advantages of each minibatch")
-    life_cost: float = knob(0.0, "PPO", "reward taken away for a lost life, beside what it ends", 0)
     clip_coef: float = knob(0.1, "PPO", "how far the policy may move in an update", 0)
     clip_vloss: bool = knob(True, "PPO", "clip how far the value moves as well")
     ent_coef: float = knob(0.01, "PPO", "weight of the entropy bonus, which keeps it curious", 0)
@@ -1123,8 +1122,7 @@ def update(
     Returns what `mean_metrics` does; {} if `stop` was requested before.
     """
     r, c = rollout, config
-    rewards = r.rewards - c.life_cost * r.terminated
-    advantages = compute_gae(rewards, r.values, r.terminated, r.dones, c.gamma, c.gae_lambda)
+    advantages = compute_gae(r.rewards, r.values, r.terminated, r.dones, c.gamma, c.gae_lambda)
     returns = advantages + r.values[:-1]
     fields = (r.frames[:-1], r.actions, r.log_probs, r.values[:-1], advantages, returns, r.decided)
     batch = Batch(*(x.flatten(0, 1) for x in fields))
