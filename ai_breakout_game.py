@@ -153,7 +153,7 @@ class Config:
     norm_adv: bool = knob(True, "PPO", "normalise the advantages of each minibatch")
     clip_coef: float = knob(0.1, "PPO", "how far the policy may move in an update", 0)
     clip_vloss: bool = knob(True, "PPO", "clip how far the value moves as well")
-    ent_coef: float = knob(0.01, "PPO", "weight of the entropy bonus, which keeps it curious", 0)
+    ent_coef: float = knob(0.003, "PPO", "weight of the entropy bonus, which keeps it curious", 0)
     vf_coef: float = knob(0.5, "PPO", "weight of the value loss", 0)
     max_grad_norm: float = knob(0.5, "PPO", "longest gradient, all parameters together", 0)
     target_kl: float | None = knob(None, "PPO", "end an update early once the policy has moved so "

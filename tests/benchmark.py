@@ -182,7 +182,7 @@ def sb3(args):
     batch = args.num_envs * args.num_steps
     model = PPO(
         "CnnPolicy", env, n_steps=args.num_steps, n_epochs=EPOCHS, batch_size=batch // MINIBATCHES,
-        learning_rate=2.5e-4, clip_range=0.1, clip_range_vf=0.1, ent_coef=0.01, vf_coef=0.5,
+        learning_rate=2.5e-4, clip_range=0.1, clip_range_vf=0.1, ent_coef=0.003, vf_coef=0.5,
         device=args.device,
     )  # fmt: skip
     model.learn(batch)
