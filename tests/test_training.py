@@ -192,12 +192,11 @@ def test_on_a_terminal_there_is_a_bar(tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
 def test_it_learns(tmp_path):
-    """200,000 steps: random play scores 1.3 here; what learns has passed 4.
+    """400,000 steps: random play scores 1.3 here; what learns has passed 4.
 
-    When it finds the ball is luck: runs of three lengths had 2.2 to 5.1 after half of these steps,
-    and 5.7 to 9.0 after all.
+    When it finds the ball is luck: of ten runs of 200,000 steps six had 5.7 to 9.0, four 2.1 to 3.6.
     """
-    done = run_script("--total-timesteps=200000", cwd=tmp_path, timeout=2900)
+    done = run_script("--total-timesteps=400000", cwd=tmp_path, timeout=2900)
     score = float(re.search(r"mean score of the last 100 games ([\d.]+)", done.stdout)[1])
     assert score > 4, done.stdout
 
