@@ -1,6 +1,7 @@
 """What all tests share: the script as a module and as a program."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,9 @@ ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "ai_breakout_game.py"
 sys.path.insert(0, str(ROOT))
 STARTED: list[subprocess.Popen] = []  # by `start`
+
+# Under nohup, what the tests start would inherit its deafness to SIGHUP.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def run_script(*args, cwd, timeout=240, **env):
