@@ -1549,11 +1549,11 @@ def pick_compiler(wanted: bool | None, device: torch.device) -> Callable[[Any], 
 
 def check_writable(folder: Path) -> None:
     """Raise UserError unless `folder` can be written to, or made."""
-    place = folder.absolute()
-    while not os.path.lexists(place):
-        place = place.parent
-    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
-        raise UserError(f"cannot write to {folder}/: {place} is no folder that may be written to")
+    nearest = folder.absolute()
+    while not os.path.lexists(nearest):
+        nearest = nearest.parent
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        raise UserError(f"cannot write to {folder}/: {nearest} is no folder that may be written to")
 
 
 class Run(NamedTuple):
@@ -2244,8 +2244,8 @@ class Player:
         elif key in "gv":
             self.toggle_recorder(".gif" if key == "g" else ".mp4")
         elif key in "+=-":
-            place = self.SPEEDS.index(self.speed) + (-1 if key == "-" else 1)
-            self.speed = self.SPEEDS[min(max(place, 0), len(self.SPEEDS) - 1)]
+            gear = self.SPEEDS.index(self.speed) + (-1 if key == "-" else 1)
+            self.speed = self.SPEEDS[min(max(gear, 0), len(self.SPEEDS) - 1)]
             self.say(f"speed x {self.speed:g}")
 
     def draw(self, picture: np.ndarray) -> None:
