@@ -153,8 +153,6 @@ class Config:
     norm_adv: bool = knob(True, "PPO", "normalise the advantages of each minibatch")
     life_cost: float = knob(0.0, "PPO", "reward taken away for a lost life, beside what it ends: "
         "an agent that has little left to win would else not care", 0, 1000)
-    relative_adv: float = knob(0.0, "PPO", "c > 0: divide each advantage by its state's value + c, "
-        "so that late in a game, when little is left to win, it counts as much", 0)
     clip_coef: float = knob(0.1, "PPO", "how far the policy may move in an update", 0)
     clip_vloss: bool = knob(True, "PPO", "clip how far the value moves as well")
     ent_coef: float = knob(0.003, "PPO", "weight of the entropy bonus, which keeps it curious", 0)
@@ -1129,8 +1127,6 @@ def update(
     rewards = r.rewards - c.life_cost * r.terminated
     advantages = compute_gae(rewards, r.values, r.terminated, r.dones, c.gamma, c.gae_lambda)
     returns = advantages + r.values[:-1]
-    if c.relative_adv:
-        advantages = advantages / (r.values[:-1].clamp(min=0) + c.relative_adv)
     fields = (r.frames[:-1], r.actions, r.log_probs, r.values[:-1], advantages, returns, r.decided)
     batch = Batch(*(x.flatten(0, 1) for x in fields))
     pixels = batch.frames.permute(0, 2, 3, 1)  # (B, 21, 21, 64), as they lie in memory
