@@ -256,7 +256,7 @@ def test_a_rollout_says_what_was_decided_and_which_games_ended():
 def learn_again_and_again(state, rollout, config, times):
     """Learn from the same steps, as if they had been played anew each time.
 
-    Returns the last losses, and what the agent says then: log probabilities (32, 4), values (16, 2).
+    Returns the last losses, and what the agent says then: log probs (32, 4) and values (16, 2).
     """
     rollout.decided[:] = True
     frames, actions = rollout.frames[:-1].flatten(0, 1), rollout.actions.reshape(-1, 1)
