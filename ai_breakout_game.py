@@ -151,6 +151,8 @@ class Config:
     num_minibatches: int = knob(4, "PPO", "parts that a batch is learnt in; must divide it", 1)
     update_epochs: int = knob(4, "PPO", "times that each batch is learnt from", 1, 1000)
     norm_adv: bool = knob(True, "PPO", "normalise the advantages of each minibatch")
+    sharpen: float = knob(1.0, "PPO", "what the actor's weights are multiplied by when training "
+        "starts from --model-filename: above 1, likely buttons become likelier still", 0, 100)
     life_cost: float = knob(0.0, "PPO", "reward taken away for a lost life, beside what it ends: "
         "an agent that has little left to win would else not care", 0, 1000)
     clip_coef: float = knob(0.1, "PPO", "how far the policy may move in an update", 0)
@@ -1634,6 +1636,8 @@ def make_state(
         raise UserError("--model-filename=random plays, but cannot be trained: leave it out")
     if config.model_filename and not resumed:
         agent, _ = load_agent(find_model(config.model_filename, config), game)
+        for parameter in agent.actor.parameters():
+            parameter.data *= config.sharpen
     else:
         agent = Agent(len(action_names(game.rom)))
     agent.to(device)

@@ -297,6 +297,17 @@ def test_a_lost_life_is_foreseen_to_cost_what_it_costs_and_a_cut_off_nothing(cos
     assert cut_off == pytest.approx(0, abs=0.3)
 
 
+def test_a_sharpened_agent_thinks_alike_but_hesitates_less():
+    said = []
+    for factor in (1.0, 2.0):
+        *_, state, rollout = small_run(model_filename="ai_breakout_game.mdl", sharpen=factor)
+        with torch.no_grad():
+            said.append(state.agent(rollout.frames[-1]))
+    (logits, values), (sharp_logits, same_values) = said
+    torch.testing.assert_close(sharp_logits, 2 * logits)
+    assert torch.equal(values, same_values)
+
+
 def test_a_target_kl_ends_an_update_early():
     config, games, state, rollout = small_run(learning_rate=1e-2, target_kl=1e-6)
     steps = 0
