@@ -264,12 +264,12 @@ def test_a_game_that_is_cut_off_is_truncated_and_shows_its_last_frame(kind):
 
 
 @pytest.mark.parametrize("kind", [script.NativeGames, script.WrappedGames])
-def test_a_game_without_a_point_for_too_long_is_cut_off_and_starts_anew(kind):
+def test_a_game_without_a_point_for_too_long_is_lost_and_starts_anew(kind):
     games = kind(script.Game("breakout", max_idle=12), 2, noop_max=0)
     start = games.reset(1)
     for _ in range(3):
         results = [games.step(np.array([0, 0])) for _ in range(13)]
-        assert [result.truncated.all() for result in results] == [False] * 11 + [True, False]
+        assert [result.terminated.all() for result in results] == [False] * 11 + [True, False]
         assert results[11].finished == [script.FinishedGame(i, 0.0, 12) for i in range(2)]
         assert results[12].restarted.all() and not results[12].decided.any()
         assert np.array_equal(results[12].frames, start), "the first frame of a new game"
