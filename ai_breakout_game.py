@@ -136,8 +136,6 @@ class Config:
         "larger pieces, which takes a minute at first (default: on a GPU)")
     multithreading: bool = knob(True, "training", "step the games on native threads; no: the same "
         "games one after the other through the Python wrappers, to measure as to train")
-    max_idle: int = knob(0, "training", "steps without a point after which a game is lost, so that "
-        "it does not pay to keep the ball where it hits nothing; 0: never", 0, 10**9)
     resume: str = knob("", "training", "go on with a run, exactly where its last checkpoint left "
         "it: runs/<name>, or latest; of what shapes a run only --total-timesteps may be raised")
     checkpoint_minutes: float = knob(5.0, "training", "minutes between two checkpoints; 0: one "
@@ -296,7 +294,6 @@ class Game(NamedTuple):
     rom: str
     sticky: float = 0.0  # chance that the emulator repeats the last action
     max_frames: int = 108_000  # 30 minutes
-    max_idle: int = 0  # steps without a point after which it is lost; 0: never
 
 
 def find_game(config: Config) -> Game:
@@ -451,23 +448,6 @@ class ClipRewardEnv(gym.RewardWrapper):
         return float(np.sign(reward))
 
 
-class IdleLimit(gym.Wrapper):
-    """Ends a game that brought no point for so many steps: a ball can bounce for ever."""
-
-    def __init__(self, env: gym.Env, max_idle: int) -> None:
-        super().__init__(env)
-        self.max_idle, self.idle = max_idle, 0
-
-    def reset(self, **kwargs: Any) -> tuple[np.ndarray, dict]:
-        self.idle = 0
-        return self.env.reset(**kwargs)
-
-    def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict]:
-        obs, reward, terminated, truncated, info = self.env.step(action)
-        self.idle = 0 if reward else self.idle + 1
-        return obs, reward, terminated or self.idle >= self.max_idle, truncated, info
-
-
 def make_env(game: Game, noop_max: int = NOOP_MAX, keep_rgb: bool = False) -> gym.Env:
     """One game behind the whole wrapper stack: what the native environment does, made readable.
 
@@ -482,8 +462,6 @@ def make_env(game: Game, noop_max: int = NOOP_MAX, keep_rgb: bool = False) -> gy
     env = NoopResetEnv(FireResetEnv(env), noop_max)
     env = MaxAndSkipEnv(env)
     env = gym.wrappers.TimeLimit(env, math.ceil(game.max_frames / FRAME_SKIP))
-    if game.max_idle:
-        env = IdleLimit(env, game.max_idle)
     env = gym.wrappers.RecordEpisodeStatistics(env)
     env = FrameStack(WarpFrame(env))
     env = EpisodicLifeEnv(env)
@@ -554,9 +532,6 @@ class NativeGames(VectorGames):
 
         self.scores, self.lengths = np.zeros(num_envs), np.zeros(num_envs, int)
         self.over = np.zeros(num_envs, bool)  # the last step ended the game
-        self.max_idle = game.max_idle or math.inf
-        self.idle = np.zeros(num_envs, int)  # steps without a point
-        self.stuck = np.zeros(num_envs, bool)  # the last step was one too many of them
 
     def start(self, slots: np.ndarray, seeds: np.ndarray) -> np.ndarray:
         """Start the games of `slots`, (N,) bool, anew from their `seeds`, (N,) int.
@@ -566,8 +541,7 @@ class NativeGames(VectorGames):
         """
         frames, info = self.env.reset(seed=seeds[slots], options={"reset_mask": slots})
         self.lives, self.frame_numbers = info["lives"], info["episode_frame_number"]
-        for counts in (self.scores, self.lengths, self.idle, self.ended, self.over, self.stuck):
-            counts[slots] = 0
+        self.scores[slots] = self.lengths[slots] = self.ended[slots] = self.over[slots] = 0
         return frames
 
     def finish(self, slots: np.ndarray) -> list[FinishedGame]:
@@ -585,18 +559,11 @@ class NativeGames(VectorGames):
             actions = np.where(self.ended, self.fire, actions)
         self.pulse += 1
         frames, rewards, terminated, truncated, info = self.env.step(actions)
-        if self.stuck.any():  # the emulator did not see an end and went on
-            frames, info = self.env.reset(options={"reset_mask": self.stuck})
-            rewards[self.stuck] = terminated[self.stuck] = truncated[self.stuck] = 0
         self.pulse += 1
         # A game that went on has more frames behind it now than before.
         restarted = self.over | (info["episode_frame_number"] < self.frame_numbers)
         decided = ~(self.ended if self.fire is not None else restarted)
         self.lives, self.frame_numbers = info["lives"], info["episode_frame_number"]
-        self.idle = np.where((rewards != 0) | restarted, 0, self.idle + 1)
-        over = truncated | (terminated & (self.lives == 0))
-        self.stuck = (self.idle >= self.max_idle) & ~over
-        terminated = terminated | self.stuck
         self.ended = terminated | truncated
 
         # Adventure ends with lives left, like a lost life: only its restart shows that it is over.
@@ -604,7 +571,7 @@ class NativeGames(VectorGames):
         self.scores[restarted] = self.lengths[restarted] = 0
         self.scores += rewards
         self.lengths += ~restarted
-        self.over = over | self.stuck
+        self.over = truncated | (terminated & (self.lives == 0))
         finished += self.finish(self.over)
         return StepResult(
             frames, np.sign(rewards).astype(np.float32), terminated, truncated, decided, restarted,
@@ -1762,7 +1729,6 @@ def set_up(config: Config, run: Run | None) -> tuple[TrainState, ReplayableGames
         )
     for name in ("runs", "models"):
         check_writable(Path(name))
-    game = game._replace(max_idle=config.max_idle)
     state = make_state(config, game, device, resumed=bool(run))
     try:
         rollout = make_rollout(config.num_steps, num_envs, device)
