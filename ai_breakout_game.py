@@ -121,6 +121,9 @@ class Config:
     seed: int = knob(1, "game", "same seed and machine, same run; on a CPU to the bit", 0, 2**30)
     device: str = knob("auto", "game", "auto, cpu, cuda or mps; auto takes the fastest there is")
 
+    patience: float | None = knob(None, "game", "steps of a life without a point after which the "
+        "buttons are drawn ever more by chance; 0: never (default: as the model has it, else 0)", 0)
+
     greedy: bool = knob(False, "playing", "take the likeliest action instead of drawing one")
     episodes: int = knob(1, "playing", "whole games to record", 1)
     seconds: float | None = knob(None, "playing", "record so long, instead of whole games", 0.1)
@@ -420,7 +423,6 @@ class EpisodicLifeEnv(gym.Wrapper):
     def __init__(self, env: gym.Env) -> None:
         super().__init__(env)
         self.lives, self.game_over = 0, True
-        self.last: tuple[np.ndarray, dict] = (np.empty(0), {})
 
     def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict]:
         obs, reward, terminated, truncated, info = self.env.step(action)
@@ -507,6 +509,7 @@ class VectorGames:
         self.num_envs, self.action_names = num_envs, action_names(game.rom)
         self.lives, self.frame_numbers = np.zeros((2, num_envs), int)
         self.ended = np.zeros(num_envs, bool)  # the last step ended an episode
+        self.idle = np.zeros(num_envs, int)  # decisions since the last point or lost life
         self.pulse = 0  # odd while the emulator's threads are waited for: see Watchdog
 
     def reset(self, seed: int) -> np.ndarray:
@@ -541,7 +544,8 @@ class NativeGames(VectorGames):
         """
         frames, info = self.env.reset(seed=seeds[slots], options={"reset_mask": slots})
         self.lives, self.frame_numbers = info["lives"], info["episode_frame_number"]
-        self.scores[slots] = self.lengths[slots] = self.ended[slots] = self.over[slots] = 0
+        for counts in (self.scores, self.lengths, self.idle, self.ended, self.over):
+            counts[slots] = 0
         return frames
 
     def finish(self, slots: np.ndarray) -> list[FinishedGame]:
@@ -565,6 +569,7 @@ class NativeGames(VectorGames):
         decided = ~(self.ended if self.fire is not None else restarted)
         self.lives, self.frame_numbers = info["lives"], info["episode_frame_number"]
         self.ended = terminated | truncated
+        self.idle = np.where((rewards != 0) | self.ended | restarted, 0, self.idle + decided)
 
         # Adventure ends with lives left, like a lost life: only its restart shows that it is over.
         finished = self.finish(restarted & ~self.over)
@@ -599,7 +604,7 @@ class WrappedGames(VectorGames):
         frames, info = self.env.reset(seed=seeds, options={"reset_mask": slots})
         self.lives = np.where(slots, info["lives"], self.lives)
         self.frame_numbers = np.where(slots, info["episode_frame_number"], self.frame_numbers)
-        self.ended = self.ended & ~slots
+        self.ended, self.idle = self.ended & ~slots, self.idle * ~slots
         return frames
 
     @property
@@ -613,6 +618,7 @@ class WrappedGames(VectorGames):
         decided, self.ended, self.lives = ~self.ended, terminated | truncated, info["lives"]
         restarted = info["episode_frame_number"] < self.frame_numbers
         self.frame_numbers = info["episode_frame_number"]
+        self.idle = np.where((rewards != 0) | self.ended | restarted, 0, self.idle + decided)
         finished = [
             FinishedGame(int(i), float(info["episode"]["r"][i]), int(info["episode"]["l"][i]))
             for i in np.flatnonzero(info.get("_episode", []))
@@ -661,6 +667,11 @@ class ReplayableGames:
             while len(self.actions) > self.ages.max():
                 self.actions.popleft()
         return result
+
+    @property
+    def idle(self) -> np.ndarray:
+        """Steps that the agent decided in each game since its last point or lost life, (N,) int."""
+        return self.games.idle
 
     def state_dict(self) -> dict[str, Tensor]:
         """All that brings the games back: seeds, ages (N,) int64, actions (oldest, N) uint8.
@@ -755,9 +766,11 @@ class Agent(nn.Module):
     """The network of Mnih et al. (2015), with a policy (actor) and a value (critic) on top.
 
     `precision` is what the large layers compute in; weights, actor and critic are float32 always.
+    `patience` is how many steps without a point it bears before it tries what it likes less.
     """
 
     precision = torch.float32
+    patience = 0.0
 
     def __init__(self, num_actions: int) -> None:
         super().__init__()
@@ -794,21 +807,32 @@ class Agent(nn.Module):
             return self.actor(hidden), self.critic(hidden).squeeze(-1)
 
 
+def temperatures(idle: np.ndarray, patience: float) -> Tensor:
+    """What logits are divided by after `idle` steps of a life without a point, (N,) float32.
+
+    1 until `patience` steps, then idle / patience: a ball that comes back for ever and hits
+    nothing is met ever more by chance, until it takes another way. 0 is endless patience.
+    """
+    return torch.from_numpy(idle / (patience or math.inf)).float().clamp_(min=1)
+
+
 def gumbel_noise(size: tuple[int, ...], generator: torch.Generator) -> Tensor:
     """Draws from the Gumbel distribution, float32, of the shape `size`."""
     draws = torch.empty(size, device=generator.device)
     return -draws.exponential_(generator=generator).log_()
 
 
-def act(agent: nn.Module, frames: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """frames (N, 64, 21, 21) uint8 and Gumbel noise (N, A) -> actions (N,) int64, drawn from the
-    policy, their log probabilities (N,) and the values (N,).
+def act(
+    agent: nn.Module, frames: Tensor, heat: Tensor, noise: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """frames (N, 64, 21, 21) uint8, temperatures (N,) and Gumbel noise (N, A) -> actions (N,)
+    int64, drawn from the policy, their log probabilities (N,) and the values (N,).
 
     The largest of log p + noise is action a with the probability p(a): Gumbel 1954. So all draws of
     a rollout are made at once, and nothing in here is random.
     """
     logits, values = agent(frames)
-    log_probs = logits.log_softmax(-1)
+    log_probs = (logits / heat[:, None]).log_softmax(-1)
     actions = (log_probs + noise).argmax(-1)
     return actions, log_probs.gather(-1, actions[:, None]).squeeze(-1), values
 
@@ -830,6 +854,7 @@ class Rollout(NamedTuple):
     # Frames are kept in blocks of 4 x 4 pixels, each of four greys: the network reads them fastest.
     frames: Tensor  # (T + 1, N, 64, 21, 21) uint8; the last is where the next rollout starts
     values: Tensor  # (T + 1, N) float32
+    heat: Tensor  # (T, N) float32: the policy's temperature
     actions: Tensor  # (T, N) int64
     log_probs: Tensor  # (T, N) float32
     rewards: Tensor  # (T, N) float32
@@ -848,6 +873,7 @@ def make_rollout(num_steps: int, num_envs: int, device: torch.device) -> Rollout
     return Rollout(
         frames=torch.zeros(shape, dtype=torch.uint8, device=device).permute(0, 1, 4, 2, 3),
         values=torch.zeros(num_steps + 1, num_envs, device=device),
+        heat=torch.ones(size, device=device),
         actions=torch.zeros(size, dtype=torch.int64, device=device),
         log_probs=torch.zeros(size, device=device),
         rewards=torch.zeros(size, device=device),
@@ -884,13 +910,14 @@ class TrainState:
         """A copy of it all that goes on changing no more: tensors, numbers, strings, by name."""
         state = self.about | {name: getattr(self, name) for name in self.COUNTERS}
         state |= {"scores": list(self.scores), "mean_return": self.mean_return}
-        state |= {"weights": dict(self.agent.state_dict())}
+        state |= {"weights": dict(self.agent.state_dict()), "patience": self.agent.patience}
         state |= {"optimizer": self.optimizer.state_dict()}
         return copy.deepcopy(state) | {"generator": self.generator.get_state()}
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Become what `saved` was a copy of."""
         self.agent.load_state_dict(saved["weights"])
+        self.agent.patience = float(saved.get("patience", 0))  # older runs had none
         self.optimizer.load_state_dict(saved["optimizer"])
         if saved["generator"].numel() == self.generator.get_state().numel():
             self.generator.set_state(saved["generator"])
@@ -960,13 +987,14 @@ def collect_rollout(
         for t in range(num_steps):
             if stop.requested:
                 return []
-            actions, r.log_probs[t], r.values[t] = state.act(state.agent, r.frames[t], noise[t])
-            r.actions[t] = actions
-            result = games.step(actions.cpu().numpy())  # the one wait for the device in a step
+            r.heat[t] = temperatures(games.idle, state.agent.patience)
+            seen = (state.agent, r.frames[t], r.heat[t], noise[t])
+            r.actions[t], r.log_probs[t], r.values[t] = state.act(*seen)
+            result = games.step(r.actions[t].cpu().numpy())  # the one wait for the device in a step
             r.frames[t + 1] = to_blocks(torch.from_numpy(result.frames))
             results.append(result._replace(frames=None))
             finished += [(t + 1, game) for game in result.finished]
-        r.values[-1] = state.act(state.agent, r.frames[-1], noise[-1])[2]
+        r.values[-1] = state.act(state.agent, r.frames[-1], r.heat[-1], noise[-1])[2]
     for name in ("rewards", "terminated", "decided"):
         getattr(r, name).copy_(torch.from_numpy(np.stack([getattr(x, name) for x in results])))
     r.dones.copy_(torch.from_numpy(np.stack([x.terminated | x.truncated for x in results])))
@@ -997,6 +1025,7 @@ class Batch(NamedTuple):
     """Steps to learn from, in any order: (B,) all of a rollout's, (M,) those of a minibatch."""
 
     frames: Tensor  # (B, 64, 21, 21) uint8
+    heat: Tensor  # (B,) float32, the policy's temperature
     actions: Tensor  # (B,) int64
     log_probs: Tensor  # (B,) float32, of the actions when they were taken
     values: Tensor  # (B,) float32, estimated when they were taken
@@ -1078,7 +1107,7 @@ def minibatch_loss(agent: nn.Module, batch: Batch, *others: Any) -> tuple[Tensor
     arguments. It is what is compiled, as a whole, with the gradient that follows from it.
     """
     logits, values = agent(batch.frames)
-    return ppo_loss(logits, values, batch, *others)
+    return ppo_loss(logits / batch.heat[:, None], values, batch, *others)
 
 
 def learn_minibatch(state: TrainState, minibatch: Batch, config: Config) -> Tensor:
@@ -1129,14 +1158,13 @@ def update(
     rewards = r.rewards - c.life_cost * r.terminated
     advantages = compute_gae(rewards, r.values, r.terminated, r.dones, c.gamma, c.gae_lambda)
     returns = advantages + r.values[:-1]
-    fields = (r.frames[:-1], r.actions, r.log_probs, r.values[:-1], advantages, returns, r.decided)
-    batch = Batch(*(x.flatten(0, 1) for x in fields))
+    given = (r.frames[:-1], r.heat, r.actions, r.log_probs, r.values[:-1])
+    batch = Batch(*(x.flatten(0, 1) for x in (*given, advantages, returns, r.decided)))
     pixels = batch.frames.permute(0, 2, 3, 1)  # (B, 21, 21, 64), as they lie in memory
     history: list[Tensor] = []
     for _ in range(c.update_epochs):
-        device = batch.frames.device
         # As many draws as there are steps in all processes, so that all generators stay alike.
-        keys = torch.rand(c.batch_size, generator=state.generator, device=device)
+        keys = torch.rand(c.batch_size, generator=state.generator, device=r.actions.device)
         order = keys.view(place().size, -1)[place().rank].argsort()
         for pick in order.split(len(pixels) // c.num_minibatches):
             if stop.requested:
@@ -1263,6 +1291,9 @@ def load_agent(path: Path, game: Game) -> tuple[Agent, dict[str, Any]]:
         if not plain or not found.isfinite().all():
             raise UserError(f"{path} is not a model: not all in {name} are numbers")
     agent.load_state_dict(weights, strict=False)  # names that the network does not know are let be
+    agent.patience = about.get("patience", 0.0)
+    if not isinstance(agent.patience, float) or not 0 <= agent.patience < math.inf:
+        raise UserError(f"{path} is not a model: patience is {agent.patience!r:.99}")
     return agent, {key: value for key, value in about.items() if key != "weights"}
 
 
@@ -1446,7 +1477,7 @@ class Checkpoints:
     def keep_model(self, path: Path) -> None:
         """Have the next `write` also write the model that is kept now to `path`."""
         weights = {name: x.cpu().contiguous() for name, x in self.content["weights"].items()}
-        names = ("game", "env_id", "actions", "frame_stack", "seed", "mean_return")
+        names = ("game", "env_id", "actions", "frame_stack", "seed", "patience", "mean_return")
         about = {name: self.content[name] for name in names}
         self.models[path] = {"weights": weights, "steps": self.content["global_step"], **about}
 
@@ -1534,7 +1565,7 @@ def pick_compiler(wanted: bool | None, device: torch.device) -> Callable[[Any], 
         torch.compile(torch.neg)(torch.ones(2, device=device))
     except Exception as error:  # a dozen kinds; most often there is no C++ compiler, or no Triton
         if wanted:
-            reason = str(error).strip().splitlines()[0]
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise UserError(f"--compile=yes does not work on this machine: {reason}") from None
         return lambda function: function
 
@@ -1618,9 +1649,10 @@ RESUME_KNOBS = ("total_timesteps", "checkpoint_minutes", "device", "compile")
 def resumed_config(given: dict[str, Any], knobs: dict[str, Any]) -> Config:
     """The `knobs` of a run, and those typed, `given`, where they may differ. Raises UserError."""
     for name, value in given.items():
-        if name not in RESUME_KNOBS and value != knobs[name]:
+        had = knobs.get(name, getattr(Config, name))  # runs of an older version lack new knobs
+        if name not in RESUME_KNOBS and value != had:
             flag = f"--{name.replace('_', '-')}"
-            raise UserError(f"{flag}={value} would make it another run: it has {knobs[name]}")
+            raise UserError(f"{flag}={value} would make it another run: it has {had}")
     total = knobs["total_timesteps"]
     if given.get("total_timesteps", total) < total:
         raise UserError(f"--total-timesteps can only be raised: it is {total}")
@@ -1640,6 +1672,7 @@ def make_state(
             parameter.data *= config.sharpen
     else:
         agent = Agent(len(action_names(game.rom)))
+    agent.patience = agent.patience if config.patience is None else float(config.patience)
     agent.to(device)
     agent.precision = pick_precision(config.precision, device)
     # fused: one pass over the 1.7 M parameters instead of a dozen, 0.8 ms a step for 3.9 on a CPU.
@@ -1752,10 +1785,8 @@ def set_up(config: Config, run: Run | None) -> tuple[TrainState, ReplayableGames
     return state, games, rollout, run
 
 
-def close_run(
-    config: Config, run: Run, checkpoints: Checkpoints, logger: Logger
-) -> tuple[Path, bool]:
-    """Save what is kept and say what it is. Returns where the weights lie, and if all went well."""
+def close_run(config: Config, run: Run, checkpoints: Checkpoints, logger: Logger) -> bool:
+    """Save what is kept and say what it is. Returns whether all went well."""
     kept = checkpoints.content
     steps = config.total_timesteps if kept["update"] == config.num_updates else kept["global_step"]
     path = Path("models") / f"ai_{kept['game']}_game{steps}.mdl"
@@ -1764,15 +1795,11 @@ def close_run(
     saved = checkpoints.write()
     saved &= logger.close()
     print_summary(config, kept, logger.progress, run, path)
-    return path, saved
+    return saved
 
 
 def updates(
-    config: Config,
-    state: TrainState,
-    games: ReplayableGames,
-    rollout: Rollout,
-    stop: StopRequest,
+    config: Config, state: TrainState, games: ReplayableGames, rollout: Rollout, stop: StopRequest
 ) -> Iterator[tuple[float, list[tuple[int, FinishedGame]], dict[str, float]]]:
     """Play and learn, again and again, until the last update or `stop`: the whole of PPO.
 
@@ -1789,15 +1816,15 @@ def updates(
         yield learning_rate, sorted(itertools.chain(*over), key=lambda x: x[0]), losses
 
 
-def train(config: Config, run: Run | None = None) -> Path:
-    """Train an agent, or go on with a `run`. Returns where its weights lie."""
+def train(config: Config, run: Run | None = None) -> None:
+    """Train an agent, or go on with a `run`."""
     state, games, rollout, run = set_up(config, run)
     replay = games.state_dict()
     if not place().is_first:
         with StopRequest() as stop, Watchdog(games.games):
             for _ in updates(config, state, games, rollout, stop):
                 games.state_dict()
-        return run.folder
+        return
     logger = Logger(run.folder, config, state, run.saved.get("pending", ()))
     checkpoints = Checkpoints(run.folder, config)
     checkpoints.keep(state, replay, logger)
@@ -1815,20 +1842,20 @@ def train(config: Config, run: Run | None = None) -> Path:
                 if time.monotonic() >= checkpoints.due:
                     checkpoints.write()
         finally:  # whatever ended it, what was learnt is kept
-            path, saved = close_run(config, run, checkpoints, logger)
+            saved = close_run(config, run, checkpoints, logger)
     if not saved:
         raise RunError(f"not all was saved: make room, then --resume={run.folder} goes on")
-    return path
 
 
-def resume(given: dict[str, Any]) -> Path:
+def resume(given: dict[str, Any]) -> None:
     """Go on with the run of --resume; `given` are the knobs that were typed. Raises UserError."""
     for mode in ("run", "evaluate", "record"):
         if given.get(mode):
             raise UserError(f"--resume trains: it does not go with --{mode}")
     name = given.pop("resume")
     if not place().is_first:
-        return train(*broadcast(None))
+        train(*broadcast(None))
+        return
     folder = find_run(name)
     check_writable(folder)
     with locked(folder):
@@ -1838,7 +1865,7 @@ def resume(given: dict[str, Any]) -> Path:
             Checkpoints.clear(folder, problem)
         except (KeyError, TypeError) as error:
             raise UserError(f"{folder}/ holds no checkpoint of this program: {error!r}") from None
-        return train(*broadcast((config, Run(folder, saved))))
+        train(*broadcast((config, Run(folder, saved))))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1851,6 +1878,8 @@ RANDOM_SCORE, HUMAN_SCORE = 1.7, 31.8  # on Breakout: Mnih et al. 2015, extended
 
 class RandomAgent(nn.Module):
     """Thinks all actions equally good: the baseline of every lesson."""
+
+    patience = 0.0
 
     def __init__(self, num_actions: int) -> None:
         super().__init__()
@@ -1868,7 +1897,9 @@ def load_player(config: Config, game: Game) -> tuple[nn.Module, Path]:
     if config.model_filename == "random":
         return RandomAgent(len(action_names(game.rom))), Path("models") / f"random_{game.rom}"
     path = find_model(config.model_filename or f"ai_{game.rom}_game.mdl", config)
-    return load_agent(path, game)[0].to(device), path
+    agent = load_agent(path, game)[0].to(device)
+    agent.patience = agent.patience if config.patience is None else config.patience
+    return agent, path
 
 
 class Moment(NamedTuple):
@@ -1891,7 +1922,9 @@ def run_episodes(
     frames = games.reset(seed)
     while True:
         seen = torch.from_numpy(frames).to(device).contiguous(memory_format=torch.channels_last)
+        heat = temperatures(games.idle, agent.patience).to(device)
         logits, values = agent(seen)
+        logits = logits / heat[:, None]
         noise = 0 if config.greedy else gumbel_noise(logits.shape, generator)
         drawn = (logits + noise).argmax(-1)
         actions, probs = drawn.cpu().numpy(), logits.softmax(-1).cpu().numpy()
@@ -1948,11 +1981,11 @@ def evaluate(config: Config) -> Path:
 
     scores = np.array([one.score for one in played])
     # Half the width of the mean's 95 % interval; by the normal approximation, so none for one game.
-    spread = float(scores.std(ddof=1)) if len(scores) > 1 else None
-    interval = None if spread is None else 1.96 * spread / math.sqrt(len(scores))
+    interval = 1.96 * scores.std(ddof=1) / math.sqrt(len(scores)) if len(scores) > 1 else None
     print_scores(scores, interval, game.rom)
     about = {name: getattr(config, name) for name in ("env_id", "seed", "greedy", "max_frames")}
-    about |= {"model": model.name, "sticky_actions": game.sticky, "episodes": len(scores)}
+    about |= {"model": model.name, "patience": agent.patience}
+    about |= {"sticky_actions": game.sticky, "episodes": len(scores)}
     about |= {"mean": scores.mean(), "interval_95": interval, "median": np.median(scores)}
     about |= {"scores": scores.tolist(), "lengths": [one.length for one in played]}
     report.parent.mkdir(parents=True, exist_ok=True)
@@ -1993,7 +2026,6 @@ class View:
         self.action_names, self.scale, self.panel = action_names, scale, panel
         self.values: deque[float] = deque(maxlen=self.HISTORY)
         self.games, self.total = 0, 0.0
-        self.drawn = np.empty(0)
 
     def observe(self, moment: Moment, score: float, height: int) -> None:
         """Take in a step of game 0 and draw the panel, `height` Atari pixels high.
@@ -2142,7 +2174,7 @@ class Recorder:
 def watch(
     agent: nn.Module, games: WrappedGames, config: Config, seed: int, view: View
 ) -> Iterator[list[np.ndarray]]:
-    """Play a game for `view`; yields the emulator frames of each step, (210, 160, 3) uint8, RGB."""
+    """Play on and on for `view`; yields each step's emulator frames, (210, 160, 3) uint8, RGB."""
     for moment in run_episodes(agent, games, config, seed):
         shots = games.env.call("take_frames")[0]
         if shots:  # none: a life was lost in a game that goes on without FIRE
@@ -2150,7 +2182,7 @@ def watch(
             yield shots
 
 
-def record(config: Config) -> Path:
+def record(config: Config) -> None:
     """Play into --record, without a window: --episodes whole games, or --seconds."""
     game, path = find_game(config), Path(config.record)
     check_writable(path.parent)
@@ -2181,7 +2213,6 @@ def record(config: Config) -> Path:
         raise UserError(f"--skip={config.skip:g}: it was over after {seconds:.0f} seconds")
     if recorder.full and not enough:
         print(f"A GIF ends after {recorder.GIF_SECONDS} seconds; an .mp4 has no end.")
-    return path
 
 
 def can_open_window() -> bool:
@@ -2316,10 +2347,8 @@ def play(config: Config) -> None:
     try:
         while not player.quit:
             player.restart = False
-            for shots in watch(agent, games, config, seed, view):
-                for rgb in shots:
-                    if not (player.quit or player.restart):
-                        player.show(rgb)
+            for rgb in itertools.chain.from_iterable(watch(agent, games, config, seed, view)):
+                player.show(rgb)
                 if player.quit or player.restart:
                     break
             seed += 1
@@ -2368,7 +2397,7 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=functools.partial(argparse.HelpFormatter, max_help_position=28),
         allow_abbrev=False,
     )
-    titles = {"mode": "what to do (nothing of this: train)", "game": "game and machine"}
+    titles = {"mode": "what to do (none of the first three: train)", "game": "game and machine"}
     groups: dict[str, Any] = {}
     hints = get_type_hints(Config)
     for field in dataclasses.fields(Config):
@@ -2417,9 +2446,7 @@ def main(argv: list[str] | None = None) -> int:
         if "resume" in given:
             with all_processes():
                 resume(given)
-            return 0
-        config = Config(**given)
-        if config.evaluate:
+        elif (config := Config(**given)).evaluate:
             evaluate(config)
         elif config.record:
             record(config)

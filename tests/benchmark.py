@@ -114,7 +114,7 @@ class StandingStill:
     """Games that never move: what playing costs without them."""
 
     def __init__(self, result):
-        self.result = result
+        self.result, self.idle = result, 0 * result.lives
 
     def step(self, actions):
         return self.result

@@ -201,6 +201,7 @@ def decisions(games, steps, seed):
             finished[over.slot].append((over.score, over.length))
         for i in np.flatnonzero(result.decided):
             got = (result.rewards[i], result.terminated[i], result.truncated[i], result.lives[i])
+            got += (games.idle[i],)
             history[i].append((actions[i], frames[i].tobytes(), *(float(x) for x in got)))
             actions[i] = rng[i].integers(len(games.action_names))
         frames = result.frames
@@ -221,6 +222,25 @@ def test_both_ways_of_stepping_are_the_same_game_bit_for_bit(rom):
         assert native_over[i][:games] == wrapped_over[i][:games]
         ended = sum(step[3] for step in native[i])
         assert ended > len(native_over[i]) or rom == "freeway", "lives were lost"
+
+
+@pytest.mark.parametrize("kind", [script.NativeGames, script.WrappedGames])
+def test_steps_without_a_point_are_counted_from_a_point_a_lost_life_and_a_start(kind):
+    games, rng = kind(script.Game("breakout"), 2), np.random.default_rng(0)
+    games.reset(3)
+    expected, points, lost = np.zeros(2, int), 0, 0
+    for _ in range(300):
+        result = games.step(rng.integers(4, size=2))
+        over = result.terminated | result.restarted
+        points, lost = points + (result.rewards > 0).sum(), lost + over.sum()
+        expected = np.where((result.rewards > 0) | over, 0, expected + result.decided)
+        assert (games.idle == expected).all()
+    assert points and lost
+    while not games.idle.all():
+        games.step(np.zeros(2, int))
+    other = games.idle[1]
+    games.start(np.array([True, False]), np.array([3, 4]))
+    assert tuple(games.idle) == (0, other)
 
 
 def test_a_sticky_action_is_repeated():

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import os
 import pickle
 import subprocess
@@ -90,6 +91,10 @@ def write_other_shape(path):
     torch.save(weights, path)
 
 
+def write_impatient(path):
+    torch.save({"weights": script.Agent(4).state_dict(), "patience": math.nan}, path)
+
+
 @pytest.mark.parametrize(
     ("write", "said"),
     [
@@ -102,6 +107,7 @@ def write_other_shape(path):
         (write_torch([1, 2]), "is not a model"),
         (write_torch({"weights": 5}), "is not a model"),
         (write_torch({"weights": {"a": 5}}), "is not a model"),
+        (write_impatient, "is not a model: patience is nan"),
         (write_torch({}), "network.0.weight is missing"),
         (write_torch({"x": torch.zeros(3)}), "network.0.weight is missing"),
         (write_other_shape, "network.0.weight is (32, 3, 8, 8), not (32, 4, 8, 8)"),
@@ -194,6 +200,7 @@ def test_every_slot_plays_its_share_so_that_short_games_are_not_counted_too_ofte
 
         def __init__(self, game, num_envs, multithreading):
             self.num_envs, self.steps = num_envs, 0
+            self.idle = np.zeros(num_envs, int)
 
         def reset(self, seed):
             return np.zeros((self.num_envs, 4, 84, 84), np.uint8)
@@ -242,6 +249,30 @@ def test_a_greedy_agent_takes_the_likeliest_action_and_another_draws(model):
         moments = script.run_episodes(agent, games, script.Config(greedy=greedy), seed=1)
         actions = np.concatenate([next(moments).actions for _ in range(40)])
         assert (set(actions) == {2}) is greedy
+
+
+def test_an_agent_plays_with_the_patience_it_was_trained_with_unless_another_is_given(model):
+    saved = torch.load(model, weights_only=True)
+    torch.save(saved | {"patience": 50.0}, "impatient.mdl")
+    for given, patience in (({}, 50), ({"patience": 7.0}, 7), ({"patience": 0.0}, 0)):
+        config = script.Config(model_filename="impatient.mdl", **given)
+        agent, _ = script.load_player(config, BREAKOUT)
+        assert agent.patience == patience
+
+
+def test_an_agent_that_waited_too_long_plays_more_by_chance(model):
+    agent, _ = script.load_agent(model, BREAKOUT)
+    agent.actor.weight.data.zero_()
+    agent.actor.bias.data = torch.tensor([6.0, 0.0, 0.0, 0.0])  # the button that does nothing
+    agent.patience, games = 10.0, script.NativeGames(BREAKOUT, 2)
+    moments = script.run_episodes(agent, games, script.Config(), seed=1)
+    idle, longest = np.zeros(2, int), 0
+    for moment in itertools.islice(moments, 100):
+        odds = np.log(moment.probs[:, 0] / moment.probs[:, 1])
+        np.testing.assert_allclose(odds, 6 / np.maximum(1, idle / 10), rtol=1e-4)
+        idle = games.idle.copy()
+        longest = max(longest, *idle)
+    assert longest > 20
 
 
 # --------------------------------------------------------------------------------------- recording
