@@ -120,7 +120,6 @@ class Config:
     max_frames: int = knob(108_000, "game", "emulator frames at which a game is cut off", 4, 10**9)
     seed: int = knob(1, "game", "same seed and machine, same run; on a CPU to the bit", 0, 2**30)
     device: str = knob("auto", "game", "auto, cpu, cuda or mps; auto takes the fastest there is")
-
     patience: float | None = knob(None, "game", "steps of a life without a point after which the "
         "buttons are drawn ever more by chance; 0: never (default: as the model has it, else 0)", 0)
 
@@ -807,7 +806,7 @@ class Agent(nn.Module):
             return self.actor(hidden), self.critic(hidden).squeeze(-1)
 
 
-def temperatures(idle: np.ndarray, patience: float) -> Tensor:
+def policy_temperatures(idle: np.ndarray, patience: float) -> Tensor:
     """What logits are divided by after `idle` steps of a life without a point, (N,) float32.
 
     1 until `patience` steps, then idle / patience: a ball that comes back for ever and hits
@@ -823,7 +822,7 @@ def gumbel_noise(size: tuple[int, ...], generator: torch.Generator) -> Tensor:
 
 
 def act(
-    agent: nn.Module, frames: Tensor, heat: Tensor, noise: Tensor
+    agent: nn.Module, frames: Tensor, temperatures: Tensor, noise: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """frames (N, 64, 21, 21) uint8, temperatures (N,) and Gumbel noise (N, A) -> actions (N,)
     int64, drawn from the policy, their log probabilities (N,) and the values (N,).
@@ -832,7 +831,7 @@ def act(
     a rollout are made at once, and nothing in here is random.
     """
     logits, values = agent(frames)
-    log_probs = (logits / heat[:, None]).log_softmax(-1)
+    log_probs = (logits / temperatures[:, None]).log_softmax(-1)
     actions = (log_probs + noise).argmax(-1)
     return actions, log_probs.gather(-1, actions[:, None]).squeeze(-1), values
 
@@ -854,7 +853,7 @@ class Rollout(NamedTuple):
     # Frames are kept in blocks of 4 x 4 pixels, each of four greys: the network reads them fastest.
     frames: Tensor  # (T + 1, N, 64, 21, 21) uint8; the last is where the next rollout starts
     values: Tensor  # (T + 1, N) float32
-    heat: Tensor  # (T, N) float32: the policy's temperature
+    temperatures: Tensor  # (T, N) float32: the policy's temperature
     actions: Tensor  # (T, N) int64
     log_probs: Tensor  # (T, N) float32
     rewards: Tensor  # (T, N) float32
@@ -873,7 +872,7 @@ def make_rollout(num_steps: int, num_envs: int, device: torch.device) -> Rollout
     return Rollout(
         frames=torch.zeros(shape, dtype=torch.uint8, device=device).permute(0, 1, 4, 2, 3),
         values=torch.zeros(num_steps + 1, num_envs, device=device),
-        heat=torch.ones(size, device=device),
+        temperatures=torch.ones(size, device=device),
         actions=torch.zeros(size, dtype=torch.int64, device=device),
         log_probs=torch.zeros(size, device=device),
         rewards=torch.zeros(size, device=device),
@@ -987,14 +986,14 @@ def collect_rollout(
         for t in range(num_steps):
             if stop.requested:
                 return []
-            r.heat[t] = temperatures(games.idle, state.agent.patience)
-            seen = (state.agent, r.frames[t], r.heat[t], noise[t])
+            r.temperatures[t] = policy_temperatures(games.idle, state.agent.patience)
+            seen = (state.agent, r.frames[t], r.temperatures[t], noise[t])
             r.actions[t], r.log_probs[t], r.values[t] = state.act(*seen)
             result = games.step(r.actions[t].cpu().numpy())  # the one wait for the device in a step
             r.frames[t + 1] = to_blocks(torch.from_numpy(result.frames))
             results.append(result._replace(frames=None))
             finished += [(t + 1, game) for game in result.finished]
-        r.values[-1] = state.act(state.agent, r.frames[-1], r.heat[-1], noise[-1])[2]
+        r.values[-1] = state.act(state.agent, r.frames[-1], r.temperatures[-1], noise[-1])[2]
     for name in ("rewards", "terminated", "decided"):
         getattr(r, name).copy_(torch.from_numpy(np.stack([getattr(x, name) for x in results])))
     r.dones.copy_(torch.from_numpy(np.stack([x.terminated | x.truncated for x in results])))
@@ -1025,7 +1024,7 @@ class Batch(NamedTuple):
     """Steps to learn from, in any order: (B,) all of a rollout's, (M,) those of a minibatch."""
 
     frames: Tensor  # (B, 64, 21, 21) uint8
-    heat: Tensor  # (B,) float32, the policy's temperature
+    temperatures: Tensor  # (B,) float32, the policy's temperature
     actions: Tensor  # (B,) int64
     log_probs: Tensor  # (B,) float32, of the actions when they were taken
     values: Tensor  # (B,) float32, estimated when they were taken
@@ -1107,7 +1106,7 @@ def minibatch_loss(agent: nn.Module, batch: Batch, *others: Any) -> tuple[Tensor
     arguments. It is what is compiled, as a whole, with the gradient that follows from it.
     """
     logits, values = agent(batch.frames)
-    return ppo_loss(logits / batch.heat[:, None], values, batch, *others)
+    return ppo_loss(logits / batch.temperatures[:, None], values, batch, *others)
 
 
 def learn_minibatch(state: TrainState, minibatch: Batch, config: Config) -> Tensor:
@@ -1158,7 +1157,7 @@ def update(
     rewards = r.rewards - c.life_cost * r.terminated
     advantages = compute_gae(rewards, r.values, r.terminated, r.dones, c.gamma, c.gae_lambda)
     returns = advantages + r.values[:-1]
-    given = (r.frames[:-1], r.heat, r.actions, r.log_probs, r.values[:-1])
+    given = (r.frames[:-1], r.temperatures, r.actions, r.log_probs, r.values[:-1])
     batch = Batch(*(x.flatten(0, 1) for x in (*given, advantages, returns, r.decided)))
     pixels = batch.frames.permute(0, 2, 3, 1)  # (B, 21, 21, 64), as they lie in memory
     history: list[Tensor] = []
@@ -1922,9 +1921,9 @@ def run_episodes(
     frames = games.reset(seed)
     while True:
         seen = torch.from_numpy(frames).to(device).contiguous(memory_format=torch.channels_last)
-        heat = temperatures(games.idle, agent.patience).to(device)
+        temperatures = policy_temperatures(games.idle, agent.patience).to(device)
         logits, values = agent(seen)
-        logits = logits / heat[:, None]
+        logits = logits / temperatures[:, None]
         noise = 0 if config.greedy else gumbel_noise(logits.shape, generator)
         drawn = (logits + noise).argmax(-1)
         actions, probs = drawn.cpu().numpy(), logits.softmax(-1).cpu().numpy()

@@ -76,7 +76,7 @@ def random_batch(size=16, actions=4, seed=0):
     logits, values = torch.randn(size, actions, generator=rng), torch.randn(size, generator=rng)
     batch = script.Batch(
         frames=torch.zeros(size),
-        heat=torch.ones(size),
+        temperatures=torch.ones(size),
         actions=torch.randint(actions, (size,), generator=rng),
         log_probs=-torch.rand(size, generator=rng) * 2 - 0.1,
         values=torch.randn(size, generator=rng),
@@ -204,8 +204,8 @@ def test_the_layout_of_the_frames_in_memory_changes_no_result():
 def test_actions_are_drawn_as_often_as_they_are_likely():
     logits = torch.tensor([0.5, 0.3, 0.2]).log().expand(20_000, 3)
     noise = script.gumbel_noise(logits.shape, torch.Generator().manual_seed(0))
-    heat = torch.ones(len(logits))
-    actions, log_probs, _ = script.act(lambda frames: (frames, None), logits, heat, noise)
+    temperatures = torch.ones(len(logits))
+    actions, log_probs, _ = script.act(lambda frames: (frames, None), logits, temperatures, noise)
     shares = torch.bincount(actions) / len(actions)
     torch.testing.assert_close(shares, torch.tensor([0.5, 0.3, 0.2]), atol=0.02, rtol=0)
     torch.testing.assert_close(log_probs, logits.gather(1, actions[:, None]).squeeze(1))
@@ -213,14 +213,14 @@ def test_actions_are_drawn_as_often_as_they_are_likely():
 
 def test_patience_is_lost_in_a_line_and_a_hot_policy_draws_what_it_likes_less():
     idle = np.array([0, 99, 100, 150, 400])
-    heat = script.temperatures(idle, 100)
-    torch.testing.assert_close(heat, torch.tensor([1, 1, 1, 1.5, 4]))
-    assert torch.equal(script.temperatures(idle, 0), torch.ones(5)), "endless patience"
+    temperatures = script.policy_temperatures(idle, 100)
+    torch.testing.assert_close(temperatures, torch.tensor([1, 1, 1, 1.5, 4]))
+    assert torch.equal(script.policy_temperatures(idle, 0), torch.ones(5)), "endless patience"
 
     logits = torch.tensor([0.9, 0.09, 0.01]).log().expand(20_000, 3)
     noise = script.gumbel_noise(logits.shape, torch.Generator().manual_seed(0))
-    heat = torch.full((20_000,), 2.0)
-    actions, log_probs, _ = script.act(lambda frames: (frames, None), logits, heat, noise)
+    temperatures = torch.full((20_000,), 2.0)
+    actions, log_probs, _ = script.act(lambda frames: (frames, None), logits, temperatures, noise)
     roots = torch.tensor([0.9, 0.09, 0.01]).sqrt()
     probs = roots / roots.sum()
     torch.testing.assert_close(torch.bincount(actions) / 20_000, probs, atol=0.02, rtol=0)
@@ -314,9 +314,9 @@ def test_what_was_played_in_heat_is_learnt_in_the_same_heat():
     config, games, state, rollout = small_run(patience=4, learning_rate=0.0)
     state.agent.actor.weight.data *= 100  # so that the heat makes a difference
     script.collect_rollout(state, games, rollout, NeverStop())
-    assert rollout.heat[:4].max() == 1 and rollout.heat.max() >= 3
+    assert rollout.temperatures[:4].max() == 1 and rollout.temperatures.max() >= 3
     assert abs(script.update(state, rollout, config, NeverStop())["approx_kl"]) < 1e-6
-    rollout.heat[:] = 1
+    rollout.temperatures[:] = 1
     assert script.update(state, rollout, config, NeverStop())["approx_kl"] > 1e-3
 
 
