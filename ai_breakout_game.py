@@ -135,7 +135,7 @@ class Config:
     precision: str = knob("auto", "training", "what large layers compute in: float32, bfloat16 or "
         "auto, which takes bfloat16 where the device multiplies it natively")
     compile: bool | None = knob(None, "training", "compile the network and the loss into fewer, "
-        "larger pieces, which takes a minute at first (default: on a GPU)")
+        "larger pieces, which takes a minute at first (default: on an NVIDIA GPU)")
     multithreading: bool = knob(True, "training", "step the games on native threads; no: the same "
         "games one after the other through the Python wrappers, to measure as to train")
     resume: str = knob("", "training", "go on with a run, exactly where its last checkpoint left "
@@ -152,6 +152,8 @@ class Config:
     gae_lambda: float = knob(0.95, "PPO", "lambda of generalised advantage estimation", 0, 1)
     num_minibatches: int = knob(4, "PPO", "parts that a batch is learnt in; must divide it", 1)
     update_epochs: int = knob(4, "PPO", "times that each batch is learnt from", 1, 1000)
+    learn_fraction: float = knob(1.0, "PPO", "part of the batch that is learnt from each time; "
+        "below 1 its steps are drawn, those with a large advantage more often", 0.01, 1)
     norm_adv: bool = knob(True, "PPO", "normalise the advantages of each minibatch")
     sharpen: float = knob(1.0, "PPO", "what the actor's weights are multiplied by when training "
         "starts from --model-filename: above 1, likely buttons become likelier still", 0, 100)
@@ -1030,7 +1032,8 @@ class Batch(NamedTuple):
     values: Tensor  # (B,) float32, estimated when they were taken
     advantages: Tensor  # (B,) float32
     returns: Tensor  # (B,) float32
-    mask: Tensor  # (B,) bool: decided by the agent; all other steps are ignored
+    mask: Tensor  # (B,) bool: decided by the agent, all other steps are ignored; or, where steps
+    # were drawn by importance, (M,) float32: how much each stands for
 
 
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
@@ -1053,6 +1056,28 @@ def weigh(minibatch: Batch, norm_adv: bool) -> tuple[Batch, Tensor]:
         advantages = advantages - masked_mean(advantages, mask)
         advantages = advantages / (masked_var(advantages, mask).sqrt() + 1e-8)
     return minibatch._replace(advantages=advantages), mask / total(mask.sum()).clamp(min=1)
+
+
+def draw_steps(batch: Batch, fraction: float, keys: Tensor) -> tuple[Tensor, Tensor]:
+    """Which of B steps to learn from, in which order: indices (K,) int64, and the mask of these.
+
+    `keys` (B,) are random. All steps come in random order if `fraction` is 1. Else K = fraction * B
+    are drawn by importance (Kahn and Marshall 1953): a step's part in the gradient grows with its
+    advantage, in the policy's as in the value's, so a chance of 0.8 |A| / mean |A| + 0.2 brings
+    what matters with few steps, and the weight 1 / chance leaves every mean what it is over all.
+    """
+    order = keys.argsort()
+    if fraction == 1:
+        return order, batch.mask[order]
+    sizes = batch.advantages.abs() * batch.mask
+    mean = sizes.sum() / batch.mask.sum().clamp(min=1)
+    chances = batch.mask * (0.8 * sizes / mean.clamp(min=1e-8) + 0.2)
+    # On a line on which each step is as long as its chance, K points equally far from each other.
+    line = chances[order].cumsum(0)
+    points = torch.arange(max(1, int(fraction * len(keys))), device=keys.device) + 0.5
+    places = torch.searchsorted(line, points * (line[-1] / len(points)))
+    drawn = order[places.clamp_(max=len(keys) - 1)]
+    return drawn, batch.mask[drawn] * chances.mean() / chances[drawn].clamp(min=1e-8)
 
 
 LOSS_NAMES = (
@@ -1148,8 +1173,9 @@ def mean_metrics(state: TrainState, batch: Batch, history: list[Tensor]) -> dict
 def update(
     state: TrainState, rollout: Rollout, config: Config, stop: StopRequest
 ) -> dict[str, float]:
-    """Learn from a rollout: `update_epochs` passes over its B steps, in minibatches of M. (With P
-    processes, each has B / P of them here, and M / P in each minibatch.)
+    """Learn from a rollout: `update_epochs` passes over its B steps, or what `draw_steps` takes of
+    them, in minibatches of M. (With P processes, each has B / P of them here, draws from its
+    own, and has M / P in each minibatch.)
 
     Returns what `mean_metrics` does; {} if `stop` was requested before.
     """
@@ -1164,13 +1190,14 @@ def update(
     for _ in range(c.update_epochs):
         # As many draws as there are steps in all processes, so that all generators stay alike.
         keys = torch.rand(c.batch_size, generator=state.generator, device=r.actions.device)
-        order = keys.view(place().size, -1)[place().rank].argsort()
-        for pick in order.split(len(pixels) // c.num_minibatches):
+        steps = draw_steps(batch, c.learn_fraction, keys.view(place().size, -1)[place().rank])
+        size = math.ceil(len(steps[0]) / c.num_minibatches)
+        for pick, mask in zip(*(x.split(size) for x in steps)):
             if stop.requested:
                 return {}
             # index_select copies whole frames, ten times as fast as [pick], in their memory order.
             frames = pixels.index_select(0, pick).permute(0, 3, 1, 2)
-            minibatch = Batch(frames, *(x[pick] for x in batch[1:]))
+            minibatch = Batch(frames, *(x[pick] for x in batch[1:-1]), mask)
             history.append(learn_minibatch(state, minibatch, c))
         if c.target_kl is not None and history[-1][LOSS_NAMES.index("approx_kl")] > c.target_kl:
             break
@@ -2422,10 +2449,11 @@ def check_mode(given: dict[str, Any]) -> None:
     """Raise UserError where flags of playing were typed that would begin a long training."""
     if given.get("record") == "":
         raise UserError("--record= needs the name of a file, .gif or .mp4")
-    playing = [f.name for f in dataclasses.fields(Config) if f.metadata["group"] == "playing"]
     if not any(map(given.get, ("run", "evaluate", "record"))):
-        for name in given.keys() & set(playing):
-            raise UserError(f"--{name} is for playing: add --run, --evaluate=N or --record=NAME")
+        for field in dataclasses.fields(Config):
+            if field.metadata["group"] == "playing" and field.name in given:
+                what = f"--{field.name} is for playing"
+                raise UserError(f"{what}: add --run, --evaluate=N or --record=NAME")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -163,6 +163,43 @@ def test_the_mean_and_variance_under_a_mask_are_those_of_what_it_holds():
     torch.testing.assert_close(script.masked_var(batch.advantages, batch.mask), kept.var())
 
 
+def test_all_steps_are_learnt_from_once_each_in_an_order_of_chance():
+    _, _, batch = random_batch(200)
+    steps, mask = script.draw_steps(batch, 1.0, torch.rand(200))
+    assert sorted(steps.tolist()) == list(range(200)) != steps.tolist()
+    assert torch.equal(mask, batch.mask[steps])
+
+
+def test_few_steps_drawn_by_importance_have_the_mean_of_all_and_a_surer_one_than_others_have():
+    _, _, batch = random_batch(4000)
+    batch = batch._replace(advantages=batch.advantages**3)  # a few are large, as in a game
+    kept = batch.advantages[batch.mask]
+    drawn, others = [], []
+    for seed in range(200):
+        keys = torch.rand(4000, generator=torch.Generator().manual_seed(seed))
+        steps, mask = script.draw_steps(batch, 0.1, keys)
+        assert len(steps) == 400 and batch.mask[steps].all()
+        drawn.append(script.masked_mean(batch.advantages[steps], mask))
+        some = keys.argsort()[:400]
+        others.append(script.masked_mean(batch.advantages[some], batch.mask[some]))
+    drawn, others = torch.stack(drawn), torch.stack(others)
+    assert abs(drawn.mean() - kept.mean()) < 4 * drawn.std() / 200**0.5
+    assert drawn.std() < others.std() / 2
+
+
+@pytest.mark.parametrize("advantages", [0.0, 5.0])
+@pytest.mark.parametrize("steps_in_mask", [0, 1, 16])
+def test_steps_that_are_all_alike_can_be_drawn(steps_in_mask, advantages):
+    _, _, batch = random_batch()
+    batch = batch._replace(
+        mask=torch.arange(16) < steps_in_mask, advantages=torch.full((16,), advantages)
+    )
+    for fraction, count in ((0.5, 8), (0.01, 1)):
+        steps, mask = script.draw_steps(batch, fraction, torch.rand(16))
+        assert len(steps) == count and mask.isfinite().all()
+        assert bool(mask.any()) == bool(steps_in_mask)
+
+
 @pytest.mark.parametrize("steps_in_mask", [0, 1])
 def test_a_minibatch_with_hardly_a_decision_gives_finite_numbers(steps_in_mask):
     logits, values, batch = random_batch()
@@ -271,8 +308,9 @@ def test_a_rollout_says_what_was_decided_and_which_games_ended():
     assert not rollout.decided[10].any() and rollout.decided[:10].all()
 
 
-def test_learning_makes_rewarded_actions_likelier_and_returns_foreseen():
-    config, _, state, rollout = small_run(learning_rate=1e-3)
+@pytest.mark.parametrize("fraction", [1.0, 0.5])
+def test_learning_makes_rewarded_actions_likelier_and_returns_foreseen(fraction):
+    config, _, state, rollout = small_run(learning_rate=1e-3, learn_fraction=fraction)
     rng = torch.Generator().manual_seed(0)
     rollout.frames[:] = torch.randint(0, 255, rollout.frames.shape, generator=rng)
     rollout.actions[:] = torch.randint(4, rollout.actions.shape, generator=rng)
