@@ -2157,11 +2157,13 @@ class Recorder:
 
         if self.video is None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.video = av.open(str(self.draft), "w")
+            video = av.open(str(self.draft), "w")
             options = {"preset": "veryfast", "crf": "20"}
-            self.stream = self.video.add_stream("libx264", rate=EMULATOR_FPS, options=options)
+            self.stream = video.add_stream("libx264", rate=EMULATOR_FPS, options=options)
             self.stream.height, self.stream.width = picture.shape[:2]
             self.stream.pix_fmt = "yuv420p"
+            video.start_encoding()  # where that finds no room, the next call would be a SIGSEGV
+            self.video = video
         frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="bgr24")
         self.video.mux(self.stream.encode(frame))
 
@@ -2185,14 +2187,17 @@ class Recorder:
 
     def close(self) -> str:
         """Finish the file. Returns a line that says what it is."""
-        if not self.count:
-            return f"nothing to write to {self.path}"
-        if self.is_gif:
-            self.write_gif()
-        else:
-            self.video.mux(self.stream.encode(None))
-            self.video.close()
-        os.replace(self.draft, self.path)
+        try:
+            if not self.count:
+                return f"nothing to write to {self.path}"
+            if self.is_gif:
+                self.write_gif()
+            else:
+                self.video.mux(self.stream.encode(None))
+                self.video.close()
+            os.replace(self.draft, self.path)
+        finally:  # left only where the disk is full: it cannot be played
+            self.draft.unlink(missing_ok=True)
         seconds = min(self.count / EMULATOR_FPS, self.GIF_SECONDS if self.is_gif else math.inf)
         return f"{self.path}: {seconds:.1f} seconds, {self.path.stat().st_size / 1e6:.2f} MB"
 
@@ -2223,9 +2228,8 @@ def record(config: Config) -> None:
     progress = Progress(skip + frames if frames else None, "frames")
     try:
         for shots in watch(agent, games, config, config.seed, view):
-            wanted = shots[max(0, skip - progress.done) :]
-            wanted = wanted[: frames - recorder.count] if frames else wanted
-            for rgb in wanted:
+            shots = shots[: skip + frames - progress.done] if frames else shots
+            for rgb in shots[max(0, skip - progress.done) :]:
                 recorder.add(view.picture(rgb))
             progress.advance(len(shots), f"game {view.games + 1}, score {games.scores[0]:g}")
             enough = recorder.count == frames if frames else view.games == config.episodes
@@ -2287,9 +2291,16 @@ class Player:
         elif self.recorder.path.suffix != suffix:
             self.say(f"{self.recorder.path} is being recorded: end it first")
         else:
-            recorder, self.recorder = self.recorder, None
             # A long GIF takes seconds to put together. The program waits for it when it ends.
-            threading.Thread(target=lambda: self.say(recorder.close())).start()
+            threading.Thread(target=self.finish, args=(self.recorder,)).start()
+            self.recorder = None
+
+    def finish(self, recorder: Recorder) -> None:
+        """Close `recorder` and say what came of it."""
+        try:
+            self.say(recorder.close())
+        except OSError as error:
+            self.say(f"could not write {recorder.path}: {error}")
 
     def press(self, key: str) -> None:
         """Do what a key asks for."""

@@ -199,6 +199,18 @@ def test_where_not_all_has_room_the_checkpoint_comes_first(small_disk):
     assert (run_of_disk(small_disk) / "last.mdl").is_file()
 
 
+@pytest.mark.parametrize(("name", "room"), [("film.mp4", 0), ("film.mp4", 40_000), ("film.gif", 0)])
+def test_a_recording_without_room_gets_one_line_and_leaves_no_half_file(small_disk, name, room):
+    filler = small_disk / "runs" / "filler"
+    fill(small_disk / "runs")
+    os.truncate(filler, filler.stat().st_size - room)
+    words = (f"--record=runs/{name}", "--seconds=10", "--model-filename=random")
+    done = run_script(*words, cwd=small_disk)
+    assert done.returncode == 1 and "No space left on device" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert os.listdir(small_disk / "runs") == ["filler"]
+
+
 def test_a_disk_that_becomes_read_only_ends_no_training(small_disk):
     process = start(*SMALL, OFTEN, cwd=small_disk)
     wait_for(" left; ", process)
