@@ -152,8 +152,8 @@ class Config:
     gae_lambda: float = knob(0.95, "PPO", "lambda of generalised advantage estimation", 0, 1)
     num_minibatches: int = knob(4, "PPO", "parts that a batch is learnt in; must divide it", 1)
     update_epochs: int = knob(4, "PPO", "times that each batch is learnt from", 1, 1000)
-    learn_fraction: float = knob(1.0, "PPO", "part of the batch that is learnt from each time; "
-        "below 1 its steps are drawn, those with a large advantage more often", 0.01, 1)
+    learn_fraction: float = knob(1.0, "PPO", "part of the batch that a pass over it learns "
+        "from; below 1 steps are drawn, those with a large advantage more often", 0.01, 1)
     norm_adv: bool = knob(True, "PPO", "normalise the advantages of each minibatch")
     sharpen: float = knob(1.0, "PPO", "what the actor's weights are multiplied by when training "
         "starts from --model-filename: above 1, likely buttons become likelier still", 0, 100)
@@ -263,12 +263,13 @@ def all_processes() -> Iterator[None]:
         yield
         return
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     try:
         yield
     except RuntimeError as error:
-        raise RunError(f"a process is gone, so all end ({str(error)[:120]} ...)") from None
+        text = f"one of the processes cannot go on, so all end ({str(error)[:120]} ...)"
+        raise RunError(text) from None
     finally:
         dist.destroy_process_group()
 
@@ -597,10 +598,7 @@ class WrappedGames(VectorGames):
         super().__init__(game, num_envs)
 
     def start(self, slots: np.ndarray, seeds: np.ndarray) -> np.ndarray:
-        """Start the games of `slots`, (N,) bool, anew from their `seeds`, (N,) int.
-
-        Returns the frames of all, (N, 4, 84, 84) uint8.
-        """
+        """As `NativeGames.start`."""
         seeds = [int(seed) if slot else None for slot, seed in zip(slots, seeds)]
         frames, info = self.env.reset(seed=seeds, options={"reset_mask": slots})
         self.lives = np.where(slots, info["lives"], self.lives)
@@ -1033,49 +1031,52 @@ class Batch(NamedTuple):
     advantages: Tensor  # (B,) float32
     returns: Tensor  # (B,) float32
     mask: Tensor  # (B,) bool: decided by the agent, all other steps are ignored; or, where steps
-    # were drawn by importance, (M,) float32: how much each stands for
+    # were drawn by importance, float32: how much each stands for
 
 
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
-    """Mean of `x` where `mask` holds, in all processes; zero where it holds nowhere."""
-    return total((x * mask).sum()) / total(mask.sum()).clamp(min=1)
+    """Mean of `x` where `mask` holds, or weighted by it, in all processes; zero without any."""
+    return total((x * mask).sum()) / total(mask.sum()).clamp(min=1e-8)
 
 
 def masked_var(x: Tensor, mask: Tensor) -> Tensor:
-    """Variance of `x` where `mask` holds, in all processes, unbiased."""
+    """Variance of `x` where `mask` holds, or weighted by it, in all processes, unbiased."""
     centred = x - masked_mean(x, mask)
-    return total((centred.square() * mask).sum()) / (total(mask.sum()) - 1).clamp(min=1)
+    count, squares = total(torch.stack([mask.float().sum(), mask.float().square().sum()]))
+    one = squares / count.clamp(min=1e-8)  # in a mean without weights it is 1: Kish 1965
+    return total((centred.square() * mask).sum()) / (count - one).clamp(min=1e-8)
 
 
 def weigh(minibatch: Batch, norm_adv: bool) -> tuple[Batch, Tensor]:
-    """Normalise the advantages, and give each step its weight in a mean, (M,) float32: 1 / count if
-    the agent decided it, else 0. Counted and normalised over the minibatch of all processes.
+    """Normalise the advantages, and give each step its weight in a mean, (M,) float32: its part of
+    the mask's sum. Summed and normalised over the minibatch of all processes.
     """
     mask, advantages = minibatch.mask, minibatch.advantages
     if norm_adv:
         advantages = advantages - masked_mean(advantages, mask)
         advantages = advantages / (masked_var(advantages, mask).sqrt() + 1e-8)
-    return minibatch._replace(advantages=advantages), mask / total(mask.sum()).clamp(min=1)
+    return minibatch._replace(advantages=advantages), mask / total(mask.sum()).clamp(min=1e-8)
 
 
-def draw_steps(batch: Batch, fraction: float, keys: Tensor) -> tuple[Tensor, Tensor]:
-    """Which of B steps to learn from, in which order: indices (K,) int64, and the mask of these.
+def draw_steps(batch: Batch, count: int, keys: Tensor) -> tuple[Tensor, Tensor]:
+    """Which `count` of B steps to learn from, in which order: their indices (count,) int64, and
+    their mask; `keys` (B,) are random numbers.
 
-    `keys` (B,) are random. All steps come in random order if `fraction` is 1. Else K = fraction * B
-    are drawn by importance (Kahn and Marshall 1953): a step's part in the gradient grows with its
-    advantage, in the policy's as in the value's, so a chance of 0.8 |A| / mean |A| + 0.2 brings
-    what matters with few steps, and the weight 1 / chance leaves every mean what it is over all.
+    If not all, they are drawn by importance (Kahn and Marshall 1953): a step's part in the gradient
+    grows with its advantage, in the policy's as in the value's, so chances of 0.8 |A| / mean |A| +
+    0.2 bring what matters in few steps, some of them twice and more. Then the mask is 1 / chance,
+    by which means are what they would be over all, on average and but for their rounding.
     """
     order = keys.argsort()
-    if fraction == 1:
+    if count == len(keys):
         return order, batch.mask[order]
     sizes = batch.advantages.abs() * batch.mask
     mean = sizes.sum() / batch.mask.sum().clamp(min=1)
     chances = batch.mask * (0.8 * sizes / mean.clamp(min=1e-8) + 0.2)
-    # On a line on which each step is as long as its chance, K points equally far from each other.
+    # On a line on which each step is as long as its chance, points equally far from each other.
     line = chances[order].cumsum(0)
-    points = torch.arange(max(1, int(fraction * len(keys))), device=keys.device) + 0.5
-    places = torch.searchsorted(line, points * (line[-1] / len(points)))
+    points = (torch.arange(count, device=keys.device) + 0.5) * (line[-1] / count)
+    places = torch.searchsorted(line, points)
     drawn = order[places.clamp_(max=len(keys) - 1)]
     return drawn, batch.mask[drawn] * chances.mean() / chances[drawn].clamp(min=1e-8)
 
@@ -1155,7 +1156,7 @@ def learn_minibatch(state: TrainState, minibatch: Batch, config: Config) -> Tens
 def mean_metrics(state: TrainState, batch: Batch, history: list[Tensor]) -> dict[str, float]:
     """Means of what `learn_minibatch` returned, and how much of the returns the values explained.
 
-    Raises RunError once there is a number that is none.
+    Raises RunError once one of them is not finite.
     """
     unexplained = masked_var(batch.returns - batch.values, batch.mask)
     explained = 1 - unexplained / masked_var(batch.returns, batch.mask).clamp(min=1e-8)
@@ -1164,7 +1165,7 @@ def mean_metrics(state: TrainState, batch: Batch, history: list[Tensor]) -> dict
     numbers = torch.cat([torch.stack(history).mean(0), explained[None], weights[None]]).tolist()
     if not all(map(math.isfinite, numbers)):
         raise RunError(
-            f"update {state.update + 1} came to numbers that are none (nan or inf): it was thrown "
+            f"update {state.update + 1} came to numbers that are not finite: it was thrown "
             "away; go on from the weights above by --model-filename, with a lower --learning-rate"
         )
     return dict(zip((*LOSS_NAMES, "explained_variance"), numbers))
@@ -1186,12 +1187,13 @@ def update(
     given = (r.frames[:-1], r.temperatures, r.actions, r.log_probs, r.values[:-1])
     batch = Batch(*(x.flatten(0, 1) for x in (*given, advantages, returns, r.decided)))
     pixels = batch.frames.permute(0, 2, 3, 1)  # (B, 21, 21, 64), as they lie in memory
+    size = max(1, int(c.learn_fraction * len(pixels)) // c.num_minibatches)
     history: list[Tensor] = []
     for _ in range(c.update_epochs):
         # As many draws as there are steps in all processes, so that all generators stay alike.
         keys = torch.rand(c.batch_size, generator=state.generator, device=r.actions.device)
-        steps = draw_steps(batch, c.learn_fraction, keys.view(place().size, -1)[place().rank])
-        size = math.ceil(len(steps[0]) / c.num_minibatches)
+        keys = keys.view(place().size, -1)[place().rank]
+        steps = draw_steps(batch, size * c.num_minibatches, keys)
         for pick, mask in zip(*(x.split(size) for x in steps)):
             if stop.requested:
                 return {}
@@ -2323,6 +2325,18 @@ class Player:
             self.speed = self.SPEEDS[min(max(gear, 0), len(self.SPEEDS) - 1)]
             self.say(f"speed x {self.speed:g}")
 
+    def film(self, picture: np.ndarray) -> None:
+        """Add a picture to the recording, which ends where it is full or finds no room."""
+        try:
+            self.recorder.add(picture)
+            if self.recorder.full:
+                self.toggle_recorder(".gif")
+        except OSError as error:
+            self.say(f"could not write {self.recorder.path}: {error}")
+            with contextlib.suppress(OSError):
+                self.recorder.close()
+            self.recorder = None
+
     def draw(self, picture: np.ndarray) -> None:
         """Show `picture`, and over it the keys, the message, the state."""
         shown = picture.copy()
@@ -2353,9 +2367,7 @@ class Player:
         """One emulator frame, for as long as it lasts; returns at once on quit or a new game."""
         picture = self.view.picture(rgb)
         if self.recorder is not None:
-            self.recorder.add(picture)
-            if self.recorder.full:
-                self.toggle_recorder(".gif")
+            self.film(picture)
         self.count += 1
         if self.count % max(1, round(self.speed)) == 0:  # faster than the screen: show every nth
             self.draw(picture)
@@ -2376,7 +2388,7 @@ def play(config: Config) -> None:
     if not can_open_window():
         name = f"ai_breakout_game-{time.strftime('%Y%m%d-%H%M%S')}.mp4"
         print(f"There is no display to open a window on: recording one game to {name} instead.")
-        record(dataclasses.replace(config, record=name, episodes=1, seconds=None))
+        record(dataclasses.replace(config, record=name, episodes=1, seconds=None, skip=0))
         return
     games = WrappedGames(game, 1, keep_rgb=True)
     view = View(games.action_names, 3, config.panel)

@@ -269,7 +269,7 @@ def test_a_number_that_is_none_stops_the_run_with_the_last_good_state(tmp_path, 
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 1 and "Traceback" not in output
     error = output.splitlines()[-1]
-    update = int(re.search(r"update (\d+) came to numbers that are none", error)[1])
+    update = int(re.search(r"update (\d+) came to numbers that are not finite", error)[1])
     assert "--learning-rate" in error, "what to try"
     saved = torch.load(run_of(tmp_path) / "checkpoint.pt", weights_only=True)
     assert saved["update"] == update - 1 > 3

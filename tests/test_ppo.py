@@ -163,9 +163,17 @@ def test_the_mean_and_variance_under_a_mask_are_those_of_what_it_holds():
     torch.testing.assert_close(script.masked_var(batch.advantages, batch.mask), kept.var())
 
 
+def test_a_variance_under_weights_does_not_depend_on_their_scale():
+    _, _, batch = random_batch(200)
+    weights = torch.rand(200, generator=torch.Generator().manual_seed(1))
+    variance = script.masked_var(batch.advantages, weights)
+    torch.testing.assert_close(script.masked_var(batch.advantages, weights / 1000), variance)
+    assert variance == pytest.approx(np.cov(batch.advantages, aweights=weights), rel=1e-4)
+
+
 def test_all_steps_are_learnt_from_once_each_in_an_order_of_chance():
     _, _, batch = random_batch(200)
-    steps, mask = script.draw_steps(batch, 1.0, torch.rand(200))
+    steps, mask = script.draw_steps(batch, 200, torch.rand(200))
     assert sorted(steps.tolist()) == list(range(200)) != steps.tolist()
     assert torch.equal(mask, batch.mask[steps])
 
@@ -177,7 +185,7 @@ def test_few_steps_drawn_by_importance_have_the_mean_of_all_and_a_surer_one_than
     drawn, others = [], []
     for seed in range(200):
         keys = torch.rand(4000, generator=torch.Generator().manual_seed(seed))
-        steps, mask = script.draw_steps(batch, 0.1, keys)
+        steps, mask = script.draw_steps(batch, 400, keys)
         assert len(steps) == 400 and batch.mask[steps].all()
         drawn.append(script.masked_mean(batch.advantages[steps], mask))
         some = keys.argsort()[:400]
@@ -194,8 +202,8 @@ def test_steps_that_are_all_alike_can_be_drawn(steps_in_mask, advantages):
     batch = batch._replace(
         mask=torch.arange(16) < steps_in_mask, advantages=torch.full((16,), advantages)
     )
-    for fraction, count in ((0.5, 8), (0.01, 1)):
-        steps, mask = script.draw_steps(batch, fraction, torch.rand(16))
+    for count in (8, 1):
+        steps, mask = script.draw_steps(batch, count, torch.rand(16))
         assert len(steps) == count and mask.isfinite().all()
         assert bool(mask.any()) == bool(steps_in_mask)
 

@@ -90,7 +90,7 @@ def test_when_a_process_dies_all_end_and_one_alone_goes_on_exactly(tmp_path, alo
     os.kill(pids[victim], signal.SIGKILL)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 1
-    assert "a process is gone, so all end" in output
+    assert "one of the processes cannot go on, so all end" in output
     assert checkpoint_of(tmp_path)["update"] < UPDATES, "the test was too slow to kill it"
     done = run_script("--resume=latest", cwd=tmp_path)
     assert done.returncode == 0, done.stderr

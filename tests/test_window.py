@@ -52,10 +52,12 @@ class Window:
 
     def __init__(self, display, folder):
         self.env, self.folder = {**os.environ, "DISPLAY": display}, folder
+        self.films = folder / "films"
+        self.films.mkdir()
         command = [sys.executable, str(SCRIPT), "--run=1", "--model-filename=random"]
         with open(folder / "output", "w") as output, open(folder / "errors", "w") as errors:
             self.process = subprocess.Popen(
-                command, cwd=folder, env=self.env, stdout=output, stderr=errors
+                command, cwd=self.films, env=self.env, stdout=output, stderr=errors
             )
         self.name = ""
 
@@ -205,7 +207,7 @@ def test_g_starts_and_stops_a_gif(window):
     assert window.look().shape[1] == 900, "the panel stays while it is filmed"
     window.press("g")
     line = until(lambda: window.said(r"(\S+\.gif): ([\d.]+) seconds"))
-    ok, animation = cv2.imreadanimation(str(window.folder / line[1]))
+    ok, animation = cv2.imreadanimation(str(window.films / line[1]))
     assert ok and sum(animation.durations) / 1000 == pytest.approx(float(line[2]), abs=0.15)
     assert animation.frames[0].shape[:2] == (630, 900)
 
@@ -216,9 +218,23 @@ def test_v_starts_an_mp4_which_quitting_finishes(own_window):
     time.sleep(2)
     own_window.press("q")
     assert own_window.ended()
-    video = cv2.VideoCapture(str(own_window.folder / name))
+    video = cv2.VideoCapture(str(own_window.films / name))
     assert video.get(cv2.CAP_PROP_FPS) == pytest.approx(60)
     assert video.get(cv2.CAP_PROP_FRAME_COUNT) > 30
+
+
+def test_a_film_that_cannot_be_written_does_not_end_the_game(own_window):
+    own_window.films.rmdir()
+    for key in "vg":
+        own_window.press(key)
+        until(lambda key=key: own_window.said("recording .*" + {"v": "mp4", "g": "gif"}[key]))
+        time.sleep(1)
+    own_window.press("g")
+    until(lambda: own_window.said(r"could not write \S+\.mp4: .*No such file"))
+    until(lambda: own_window.said(r"could not write \S+\.gif: .*No such file"))
+    assert own_window.playing()
+    own_window.press("q")
+    assert own_window.ended()
 
 
 def test_r_starts_a_new_game(window):
