@@ -192,7 +192,7 @@ class Config:
 
     @property
     def batch_size(self) -> int:
-        """B = T * N: the steps that one update learns from."""
+        """B = T * N: the steps played between two updates."""
         return self.num_envs * self.num_steps
 
     @property
@@ -1034,17 +1034,18 @@ class Batch(NamedTuple):
     # were drawn by importance, float32: how much each stands for
 
 
-def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
-    """Mean of `x` where `mask` holds, or weighted by it, in all processes; zero without any."""
-    return total((x * mask).sum()) / total(mask.sum()).clamp(min=1e-8)
-
-
-def masked_var(x: Tensor, mask: Tensor) -> Tensor:
-    """Variance of `x` where `mask` holds, or weighted by it, in all processes, unbiased."""
-    centred = x - masked_mean(x, mask)
-    count, squares = total(torch.stack([mask.float().sum(), mask.float().square().sum()]))
-    one = squares / count.clamp(min=1e-8)  # in a mean without weights it is 1: Kish 1965
-    return total((centred.square() * mask).sum()) / (count - one).clamp(min=1e-8)
+def masked_moments(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean and unbiased variance of `x` where `mask` holds, or weighted by it, and the mask's sum,
+    each in all processes. Where nothing counts, mean and variance are zero.
+    """
+    weights = mask.float()
+    sums = torch.stack([weights.sum(), weights.square().sum(), (x * weights).sum()])
+    count, squares, summed = total(sums)
+    count = count.clamp(min=1e-8)
+    mean = summed / count
+    spread = total(((x - mean).square() * weights).sum())
+    # The mean took one step's freedom, or with weights so much of theirs: Kish 1965.
+    return mean, spread / (count - squares / count).clamp(min=1e-8), count
 
 
 def weigh(minibatch: Batch, norm_adv: bool) -> tuple[Batch, Tensor]:
@@ -1052,20 +1053,20 @@ def weigh(minibatch: Batch, norm_adv: bool) -> tuple[Batch, Tensor]:
     the mask's sum. Summed and normalised over the minibatch of all processes.
     """
     mask, advantages = minibatch.mask, minibatch.advantages
+    mean, variance, count = masked_moments(advantages, mask)
     if norm_adv:
-        advantages = advantages - masked_mean(advantages, mask)
-        advantages = advantages / (masked_var(advantages, mask).sqrt() + 1e-8)
-    return minibatch._replace(advantages=advantages), mask / total(mask.sum()).clamp(min=1e-8)
+        advantages = (advantages - mean) / (variance.sqrt() + 1e-8)
+    return minibatch._replace(advantages=advantages), mask / count
 
 
 def draw_steps(batch: Batch, count: int, keys: Tensor) -> tuple[Tensor, Tensor]:
-    """Which `count` of B steps to learn from, in which order: their indices (count,) int64, and
-    their mask; `keys` (B,) are random numbers.
+    """Which `count` of B steps to learn from, in which order: their indices and their mask, both
+    (count,). `keys` (B,) are random numbers; all steps come in the order of these.
 
-    If not all, they are drawn by importance (Kahn and Marshall 1953): a step's part in the gradient
-    grows with its advantage, in the policy's as in the value's, so chances of 0.8 |A| / mean |A| +
-    0.2 bring what matters in few steps, some of them twice and more. Then the mask is 1 / chance,
-    by which means are what they would be over all, on average and but for their rounding.
+    Fewer are drawn by importance (Kahn and Marshall 1953), some of them several times. What a step
+    changes grows with its advantage, in the policy as in the value, so it is drawn in proportion to
+    0.8 |A| / mean |A| + 0.2, and its mask is one over that: the gradient stays, on average and
+    nearly, that of all steps.
     """
     order = keys.argsort()
     if count == len(keys):
@@ -1158,8 +1159,8 @@ def mean_metrics(state: TrainState, batch: Batch, history: list[Tensor]) -> dict
 
     Raises RunError once one of them is not finite.
     """
-    unexplained = masked_var(batch.returns - batch.values, batch.mask)
-    explained = 1 - unexplained / masked_var(batch.returns, batch.mask).clamp(min=1e-8)
+    _, unexplained, _ = masked_moments(batch.returns - batch.values, batch.mask)
+    explained = 1 - unexplained / masked_moments(batch.returns, batch.mask)[1].clamp(min=1e-8)
     weights = sum(parameter.detach().sum() for parameter in state.agent.parameters())
     # Numbers leave the device once an update: a GPU has to be waited for each time.
     numbers = torch.cat([torch.stack(history).mean(0), explained[None], weights[None]]).tolist()
