@@ -124,10 +124,11 @@ class Config:
         "buttons are drawn ever more by chance; 0: never (default: as the model has it, else 0)", 0)
 
     greedy: bool = knob(False, "playing", "take the likeliest action instead of drawing one")
-    episodes: int = knob(1, "playing", "whole games to record", 1)
-    seconds: float | None = knob(None, "playing", "record so long, instead of whole games", 0.1)
-    skip: float = knob(0.0, "playing", "seconds that pass before a recording begins", 0)
     panel: bool = knob(True, "playing", "show what the agent sees and thinks beside the game")
+
+    episodes: int = knob(1, "recording", "whole games to record", 1)
+    seconds: float | None = knob(None, "recording", "record so long, instead of whole games", 0.1)
+    skip: float = knob(0.0, "recording", "seconds that pass before a recording begins", 0)
 
     total_timesteps: int = knob(10_000_000, "training", "steps to train, all games together, in "
         "whole updates; on Breakout 1 M buy about 20 points, 10 M about 400", 1, 10**12)
@@ -187,6 +188,8 @@ class Config:
             raise UserError(f"--precision={self.precision} is neither auto, float32 nor bfloat16")
         if self.record and Path(self.record).suffix.lower() not in (".gif", ".mp4"):
             raise UserError(f"--record={self.record} must end in .gif or .mp4")
+        if self.sharpen != 1 and not self.model_filename:
+            raise UserError("--sharpen needs --model-filename: new weights have nothing to sharpen")
         if self.record and self.evaluate:
             raise UserError("--record and --evaluate are two things: ask for one")
 
@@ -1562,7 +1565,8 @@ class Checkpoints:
 
 def pick_device(name: str) -> torch.device:
     """The device called `name`. Raises UserError for one that is not there."""
-    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    cuda = torch.cuda.is_available()
+    mps = torch.backends.mps.is_available() and place().size == 1  # gloo cannot send from it
     there = [device for device, found in (("cuda", cuda), ("mps", mps), ("cpu", True)) if found]
     if name != "auto" and name not in there:
         raise UserError(f"--device={name} is not there; this machine has {' and '.join(there)}")
@@ -2470,14 +2474,16 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def check_mode(given: dict[str, Any]) -> None:
-    """Raise UserError where flags of playing were typed that would begin a long training."""
+    """Raise UserError where flags were typed that do nothing, or would begin a long training."""
     if given.get("record") == "":
         raise UserError("--record= needs the name of a file, .gif or .mp4")
-    if not any(map(given.get, ("run", "evaluate", "record"))):
-        for field in dataclasses.fields(Config):
-            if field.metadata["group"] == "playing" and field.name in given:
-                what = f"--{field.name} is for playing"
-                raise UserError(f"{what}: add --run, --evaluate=N or --record=NAME")
+    modes = {"run": "--run", "evaluate": "--evaluate=N", "record": "--record=NAME"}
+    needs = {"playing": list(modes), "recording": ["record"]}
+    for field in dataclasses.fields(Config):
+        group = field.metadata["group"]
+        if field.name in given and group in needs and not any(map(given.get, needs[group])):
+            missing = " or ".join(modes[name] for name in needs[group])
+            raise UserError(f"--{field.name} is for {group}: add {missing}")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -11,7 +11,7 @@ import ai_breakout_game as script
 
 MODEL = ROOT / "models" / "ai_breakout_game.mdl"
 CARD = (ROOT / "models" / "README.md").read_text()
-REPORT = json.loads(MODEL.with_suffix(".evaluation.json").read_text())
+REPORT = json.loads((ROOT / "runs" / "champion" / "evaluation.json").read_text())
 HUMAN = 31.8
 
 

@@ -31,7 +31,7 @@ def test_every_knob_is_a_flag_with_help_group_and_default():
         assert f"--{field.name.replace('_', '-')} " in text
         assert len(field.metadata["help"]) > 15
     assert "(default: 10,000,000)" in text and "(default: 0.00025)" in text
-    for title in ("what to do", "game and machine", "playing", "training", "PPO"):
+    for title in ("what to do", "game and machine", "playing", "recording", "training", "PPO"):
         assert f"\n{title}" in text
 
 
@@ -88,7 +88,10 @@ def test_the_defaults_are_the_configs():
         (["--record=a.gif", "--seconds=0"], "--seconds must be"),
         (["--record="], "needs the name of a file"),
         (["--record=a.gif", "--skip=-1"], "--skip must be"),
-        (["--seconds=5"], "--seconds is for playing: add --run"),
+        (["--seconds=5"], "--seconds is for recording: add --record=NAME"),
+        (["--run=1", "--skip=5"], "--skip is for recording: add --record=NAME"),
+        (["--greedy"], "--greedy is for playing: add --run or --evaluate=N or --record=NAME"),
+        (["--sharpen=2"], "--sharpen needs --model-filename"),
         (["--greedy", "--total-timesteps=1000"], "--greedy is for playing"),
         (["--seed=-1"], "--seed must be from 0 to 1,073,741,824, not -1"),
     ],
