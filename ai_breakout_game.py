@@ -111,7 +111,7 @@ class Config:
     evaluate: int = knob(0, "mode", "play so many whole games, fast; report the scores", 0, 10**6)
     record: str = knob("", "mode", "play into this file, .gif or .mp4, without a window")
     model_filename: str = knob("", "mode", "weights to play, or to start training from: a path, "
-        "or a name in models/ (default: ai_breakout_game.mdl to play, none to train); 'random' "
+        "or a name in models/ (default: ai_<game>_game.mdl to play, none to train); 'random' "
         "plays without any")
 
     env_id: str = knob("BreakoutNoFrameskip-v4", "game", "any ALE game that gymnasium registers")
@@ -131,7 +131,7 @@ class Config:
     skip: float = knob(0.0, "recording", "seconds that pass before a recording begins", 0)
 
     total_timesteps: int = knob(10_000_000, "training", "steps to train, all games together, in "
-        "whole updates; on Breakout 1 M buy about 20 points, 10 M about 400", 1, 10**12)
+        "whole updates; on Breakout 1.1 M bring a human's 30 points, 2.5 M about 90", 1, 10**12)
     num_envs: int = knob(8, "training", "games played at once", 1, 4096)
     precision: str = knob("auto", "training", "what large layers compute in: float32, bfloat16 or "
         "auto, which takes bfloat16 where the device multiplies it natively")
@@ -158,7 +158,7 @@ class Config:
     norm_adv: bool = knob(True, "PPO", "normalise the advantages of each minibatch")
     sharpen: float = knob(1.0, "PPO", "what the actor's weights are multiplied by when training "
         "starts from --model-filename: above 1, likely buttons become likelier still", 0, 100)
-    life_cost: float = knob(0.0, "PPO", "reward taken away for a lost life, beside what it ends: "
+    life_cost: float = knob(0.0, "PPO", "reward taken away where a life or the game ends: "
         "an agent that has little left to win would else not care", 0, 1000)
     clip_coef: float = knob(0.1, "PPO", "how far the policy may move in an update", 0)
     clip_vloss: bool = knob(True, "PPO", "clip how far the value moves as well")
@@ -531,6 +531,10 @@ class NativeGames(VectorGames):
             num_envs,
             repeat_action_probability=game.sticky,
             max_num_frames_per_episode=game.max_frames,
+            frameskip=FRAME_SKIP,
+            stack_num=FRAME_STACK,
+            img_height=FRAME_SIZE,
+            img_width=FRAME_SIZE,
             noop_max=noop_max,
             life_loss_info=True,  # not episodic_life, which builds a whole new wall at every life
             reward_clipping=False,  # clipped here, after the true score is counted
@@ -2187,8 +2191,9 @@ class Recorder:
             Image.fromarray(unpack(png)).quantize(palette=palette, dither=Image.Dither.NONE)
             for png in self.pngs
         )
-        # Hundredths of a second: 7, 7, 6 make three fifteenths, which a step lasts each.
-        durations = [(70, 70, 60)[i % 3] for i in range(len(self.pngs))]
+        # A GIF counts in hundredths of a second: 7, 6 and 7 make three fifteenths, a step each.
+        ends = np.rint(np.arange(len(self.pngs) + 1) * FRAME_SKIP / EMULATOR_FPS * 100) * 10
+        durations = np.diff(ends).astype(int).tolist()
         self.path.parent.mkdir(parents=True, exist_ok=True)
         first.save(self.draft, save_all=True, append_images=others, duration=durations, loop=0)
 
@@ -2474,7 +2479,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def check_mode(given: dict[str, Any]) -> None:
-    """Raise UserError where flags were typed that do nothing, or would begin a long training."""
+    """Raise UserError where flags of playing were typed that do nothing, or would begin a long
+    training, and where --sharpen was, which changes how an agent plays, but in training alone.
+    """
     if given.get("record") == "":
         raise UserError("--record= needs the name of a file, .gif or .mp4")
     modes = {"run": "--run", "evaluate": "--evaluate=N", "record": "--record=NAME"}
@@ -2484,6 +2491,8 @@ def check_mode(given: dict[str, Any]) -> None:
         if field.name in given and group in needs and not any(map(given.get, needs[group])):
             missing = " or ".join(modes[name] for name in needs[group])
             raise UserError(f"--{field.name} is for {group}: add {missing}")
+    if "sharpen" in given and any(map(given.get, modes)):
+        raise UserError("--sharpen is for training: it changes no agent that only plays")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -2513,7 +2522,8 @@ def main(argv: list[str] | None = None) -> int:
             with all_processes():
                 train(config)
         return 0
-    except (UserError, RunError, OSError) as error:  # OSError: a disk without room for a folder
+    # OSError: a disk without room for a folder; the last: a GPU without room for what is computed.
+    except (UserError, RunError, OSError, torch.OutOfMemoryError) as error:
         text = "".join(x if x.isprintable() else repr(x)[1:-1] for x in str(error))
         text = text if len(text) <= 300 else f"{text[:200]} ... {text[-90:]}"
         print(f"{Path(sys.argv[0]).name}: {text}", file=sys.stderr)

@@ -4,6 +4,7 @@ import dataclasses
 import os
 
 import pytest
+import torch
 from conftest import run_script
 
 import ai_breakout_game as script
@@ -92,6 +93,7 @@ def test_the_defaults_are_the_configs():
         (["--run=1", "--skip=5"], "--skip is for recording: add --record=NAME"),
         (["--greedy"], "--greedy is for playing: add --run or --evaluate=N or --record=NAME"),
         (["--sharpen=2"], "--sharpen needs --model-filename"),
+        (["--evaluate=2", "--sharpen=2", "--model-filename=random"], "--sharpen is for training"),
         (["--greedy", "--total-timesteps=1000"], "--greedy is for playing"),
         (["--seed=-1"], "--seed must be from 0 to 1,073,741,824, not -1"),
     ],
@@ -130,6 +132,16 @@ def test_the_file_works_alone_in_an_empty_folder(tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "models" / "ai_breakout_game8.mdl").is_file()
+
+
+def test_a_gpu_without_room_gets_one_line(capsys, monkeypatch):
+    def train(config):
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB.")
+
+    monkeypatch.setattr(script, "train", train)
+    assert script.main([]) == 1
+    errors = capsys.readouterr().err
+    assert "CUDA out of memory" in errors and errors.count("\n") == 1
 
 
 def test_requirements_and_inline_metadata_name_the_same_versions():

@@ -225,6 +225,17 @@ def test_both_ways_of_stepping_are_the_same_game_bit_for_bit(rom):
 
 
 @pytest.mark.parametrize("kind", [script.NativeGames, script.WrappedGames])
+def test_both_ways_have_the_frames_that_the_file_asks_for(monkeypatch, kind):
+    for name, value in (("FRAME_SKIP", 2), ("FRAME_STACK", 3), ("FRAME_SIZE", 42)):
+        monkeypatch.setattr(script, name, value)
+    games = kind(script.Game("breakout"), 1, noop_max=0)
+    assert games.reset(1).shape == (1, 3, 42, 42)
+    before = games.frame_numbers.copy()
+    games.step(np.zeros(1, int))
+    assert games.frame_numbers - before == 2
+
+
+@pytest.mark.parametrize("kind", [script.NativeGames, script.WrappedGames])
 def test_steps_without_a_point_are_counted_from_a_point_a_lost_life_and_a_start(kind):
     games, rng = kind(script.Game("breakout"), 2), np.random.default_rng(0)
     games.reset(3)
