@@ -188,8 +188,6 @@ class Config:
             raise UserError(f"--precision={self.precision} is neither auto, float32 nor bfloat16")
         if self.record and Path(self.record).suffix.lower() not in (".gif", ".mp4"):
             raise UserError(f"--record={self.record} must end in .gif or .mp4")
-        if self.sharpen != 1 and not self.model_filename:
-            raise UserError("--sharpen needs --model-filename: new weights have nothing to sharpen")
         if self.record and self.evaluate:
             raise UserError("--record and --evaluate are two things: ask for one")
 
@@ -2479,8 +2477,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def check_mode(given: dict[str, Any]) -> None:
-    """Raise UserError where flags of playing were typed that do nothing, or would begin a long
-    training, and where --sharpen was, which changes how an agent plays, but in training alone.
+    """Raise UserError where flags were typed that do nothing to how an agent plays, though they
+    seem to, or that would begin a long training.
     """
     if given.get("record") == "":
         raise UserError("--record= needs the name of a file, .gif or .mp4")
@@ -2491,8 +2489,9 @@ def check_mode(given: dict[str, Any]) -> None:
         if field.name in given and group in needs and not any(map(given.get, needs[group])):
             missing = " or ".join(modes[name] for name in needs[group])
             raise UserError(f"--{field.name} is for {group}: add {missing}")
-    if "sharpen" in given and any(map(given.get, modes)):
-        raise UserError("--sharpen is for training: it changes no agent that only plays")
+    starts = given.get("model_filename") and not any(map(given.get, modes))
+    if given.get("sharpen", 1) != 1 and not (starts or "resume" in given):
+        raise UserError("--sharpen is for training that starts from --model-filename=NAME")
 
 
 def main(argv: list[str] | None = None) -> int:
