@@ -143,14 +143,16 @@ def test_q_and_escape_quit(own_window, key):
 
 
 def test_closing_the_window_with_the_mouse_ends_the_program(own_window):
-    # What a window manager's close button does; there is none on this screen.
+    # What a window manager's close button does; there is none on this screen. XSync waits until the
+    # screen has taken the message: from one who has left, it may be lost.
     code = (
         "import ctypes, sys; x = ctypes.CDLL('libX11.so.6');"
         "x.XOpenDisplay.restype = ctypes.c_void_p; d = ctypes.c_void_p(x.XOpenDisplay(None));"
         "n = lambda s: x.XInternAtom(d, s, 0); w = int(sys.argv[1]);"
         "e = (ctypes.c_long * 24)(); i = ctypes.cast(e, ctypes.POINTER(ctypes.c_int)); i[0] = 33;"
         "e[4] = w; e[5] = n(b'WM_PROTOCOLS'); i[12] = 32; e[7] = n(b'WM_DELETE_WINDOW');"
-        "x.XSendEvent(d, ctypes.c_ulong(w), 0, ctypes.c_long(0), e); x.XFlush(d)"
+        "x.XSendEvent(d, ctypes.c_ulong(w), 0, ctypes.c_long(0), e);"
+        "x.XSync(d, 0)"
     )
     subprocess.run([sys.executable, "-c", code, own_window.name], env=own_window.env, check=True)
     assert own_window.ended()
