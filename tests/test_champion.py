@@ -46,7 +46,7 @@ def test_its_curve_is_that_of_its_steps():
 def test_its_score_comes_out_again(tmp_path):
     """Other games than those of the card: the two means differ by chance alone."""
     shutil.copy(MODEL, tmp_path / "again.mdl")
-    words = ("--evaluate=32", "--seed=1000", "--model-filename=again.mdl")
+    words = ("--evaluate=16", "--seed=1000", "--model-filename=again.mdl")
     done = run_script(*words, cwd=tmp_path, timeout=2900)
     assert done.returncode == 0, done.stderr
     again = json.loads((tmp_path / "again.evaluation.json").read_text())

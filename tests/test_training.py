@@ -192,14 +192,17 @@ def test_on_a_terminal_there_is_a_bar(tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
 def test_it_learns(tmp_path):
-    """400,000 steps: random play scores 1.3 here; what learns has passed 4.
+    """Random play scores 1.3 here; what learns passes 4 within 400,000 steps.
 
     When it finds the ball is luck: of ten runs of 200,000 steps six had 5.7 to 9.0 and four
     2.1 to 3.6; by 400,000 steps it had 9.0 and 10.0 in the two that went on.
     """
-    done = run_script("--total-timesteps=400000", cwd=tmp_path, timeout=2900)
-    score = float(re.search(r"mean score of the last 100 games ([\d.]+)", done.stdout)[1])
-    assert score > 4, done.stdout
+    process = start("--total-timesteps=400000", cwd=tmp_path)
+    for line in process.stdout:  # twice a minute
+        found = re.search(r"mean score ([\d.]+) in ([\d,]+) games", line)
+        if found and int(found[2].replace(",", "")) >= 100 and float(found[1]) > 4:
+            return
+    raise AssertionError(f"it ended with: {line}")
 
 
 @pytest.mark.slow
