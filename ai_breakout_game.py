@@ -2277,6 +2277,10 @@ class Player:
     def __init__(self, view: View) -> None:
         # Qt looks for fonts of its own and complains; all text here is drawn by OpenCV.
         os.environ["QT_QPA_FONTDIR"] = str(Path(cv2.__file__).parent)
+        # OpenCV brings an old libX11-xcb, which loses events beside a newer libX11: beside busy
+        # processes one window in ten stayed black. The system's own, found first, loses none.
+        with contextlib.suppress(OSError):  # there is no X11, or it is older
+            ctypes.CDLL("libX11-xcb.so.1", mode=ctypes.RTLD_GLOBAL)
         self.view, self.speed = view, 1.0
         self.paused = self.help = self.quit = self.restart = False
         self.steps_left = 0  # frames to show although paused

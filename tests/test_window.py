@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from conftest import SCRIPT
 
-TOOLS = ("Xvfb", "openbox", "xdotool", "import")
+TOOLS = ("Xvfb", "xdotool", "import")
 missing = [tool for tool in TOOLS if shutil.which(tool) is None]
 pytestmark = [
     # In CI a missing tool is a failure: .ci/run installs them.
@@ -34,25 +34,17 @@ def until(true, seconds=30):
 
 @contextlib.contextmanager
 def screen():
-    """A screen of its own, with nothing on it but a window manager; its name.
-
-    Without one Qt now and then (beside busy processes in a fifth of all cases) never hears that its
-    window is on the screen, and draws nothing.
-    """
+    """A screen of its own, with nothing on it; its name."""
     read, write = os.pipe()
     command = ["Xvfb", "-displayfd", str(write), "-screen", "0", "1280x900x24"]
     command += ["-noreset"]  # else it starts anew whenever its last window closes
     with subprocess.Popen(command, pass_fds=[write], stderr=subprocess.DEVNULL) as server:
         os.close(write)
-        env = {**os.environ, "DISPLAY": ":" + os.read(read, 20).decode().strip()}
-        quiet = {"env": env, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        with subprocess.Popen(["openbox"], **quiet):  # it ends with its screen
-            try:
-                until(lambda: subprocess.run(["xdotool", "get_desktop"], **quiet).returncode == 0)
-                yield env["DISPLAY"]
-            finally:
-                os.close(read)
-                server.terminate()
+        try:
+            yield ":" + os.read(read, 20).decode().strip()
+        finally:
+            os.close(read)
+            server.terminate()
 
 
 class Window:
