@@ -12,10 +12,10 @@ from conftest import curves, only, run_script, start, wait_for
 
 import ai_breakout_game as script
 
-# 30 updates of 64 steps, with games that are seeded anew all the time.
+# 20 updates of 64 steps, with games that are seeded anew all the time.
 RUN = (
     "--num-envs=2", "--num-steps=32", "--num-minibatches=2", "--update-epochs=1", "--seed=3",
-    "--total-timesteps=1920", "--replay-steps=100", "--checkpoint-minutes=0.01",
+    "--total-timesteps=1280", "--replay-steps=100", "--checkpoint-minutes=0.01",
 )  # fmt: skip
 
 
@@ -41,7 +41,7 @@ def assert_same_outcome(folder, reference):
     for name in ("seeds", "ages", "actions"):
         assert torch.equal(one["replay"][name], other["replay"][name]), name
     assert points == wanted
-    assert len(points["losses/value_loss"]) == 30 and len(points["charts/episodic_return"]) > 5
+    assert len(points["losses/value_loss"]) == 20 and len(points["charts/episodic_return"]) > 5
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +73,7 @@ def test_a_run_that_was_stopped_ends_like_one_that_never_was(unstopped, tmp_path
     process.send_signal(number)
     process.communicate(timeout=60)
     before = outcome(tmp_path)[0]["update"]
-    assert 0 < before < 30, "stopped in its midst"
+    assert 0 < before < 20, "stopped in its midst"
     done = run_script("--resume=latest", cwd=tmp_path)
     assert done.returncode == 0 and done.stderr == "", done.stderr
     assert f"resumed at {64 * before:,}" in done.stdout
@@ -104,21 +104,21 @@ def complaint(capsys, *args):
 
 
 def test_a_run_that_is_over_goes_on_with_more_steps(stopped):
-    done = run_script(f"--resume={stopped}", "--total-timesteps=2560", cwd=".")
+    done = run_script(f"--resume={stopped}", "--total-timesteps=1920", cwd=".")
     assert done.returncode == 0 and done.stderr == ""
-    assert "Trained 2,560 steps" in done.stdout and "resumed at 1,920" in done.stdout
-    assert script.Path("models/ai_breakout_game2560.mdl").is_file()
+    assert "Trained 1,920 steps" in done.stdout and "resumed at 1,280" in done.stdout
+    assert script.Path("models/ai_breakout_game1920.mdl").is_file()
     events = curves(stopped)
-    assert [e.step for e in events.Scalars("losses/entropy")] == list(range(64, 2561, 64))
+    assert [e.step for e in events.Scalars("losses/entropy")] == list(range(64, 1921, 64))
     rates = [e.value for e in events.Scalars("charts/learning_rate")]
-    assert rates[30:] == pytest.approx([2.5e-4 * (40 - i) / 40 for i in range(30, 40)])
+    assert rates[20:] == pytest.approx([2.5e-4 * (30 - i) / 30 for i in range(20, 30)])
 
 
 def test_a_run_that_is_over_and_is_given_no_more_steps_says_so(stopped, capsys):
     assert script.main([f"--resume={stopped}"]) == 0
     output = capsys.readouterr().out
-    assert "resumed at 1,920: nothing was left to train" in output
-    assert "--total-timesteps=3840" in output, "the command that goes on"
+    assert "resumed at 1,280: nothing was left to train" in output
+    assert "--total-timesteps=2560" in output, "the command that goes on"
 
 
 def test_more_steps_are_not_forgotten_by_a_kill(stopped):
@@ -127,7 +127,7 @@ def test_more_steps_are_not_forgotten_by_a_kill(stopped):
     process.kill()
     process.communicate()
     again = start("--resume=latest", cwd=".")
-    wait_for(" left; ", again)  # and not: trained, since it has its 1,920 steps
+    wait_for(" left; ", again)  # and not: trained, since it has its 1,280 steps
     again.send_signal(signal.SIGINT)
     assert "Stopped after" in again.communicate(timeout=60)[0]
 
@@ -137,28 +137,28 @@ def test_a_run_moves_to_another_kind_of_device(stopped, capsys):
     content, _ = script.Checkpoints.read(stopped)
     content["generator"] = content["generator"][:16].clone()
     script.save_file(content, stopped / "checkpoint.pt")
-    assert script.main(["--resume=latest", "--total-timesteps=1984"]) == 0
-    assert "Trained 1,984 steps" in capsys.readouterr().out
+    assert script.main(["--resume=latest", "--total-timesteps=1344"]) == 0
+    assert "Trained 1,344 steps" in capsys.readouterr().out
 
 
 def test_points_that_were_not_written_yet_are_in_the_checkpoint(stopped):
     for events in stopped.glob("events*"):
         events.unlink()
     content, _ = script.Checkpoints.read(stopped)
-    content["pending"] = [("losses/entropy", 1.5, 1856, 1e9), ("losses/entropy", 1.25, 1920, 1e9)]
+    content["pending"] = [("losses/entropy", 1.5, 1216, 1e9), ("losses/entropy", 1.25, 1280, 1e9)]
     script.save_file(content, stopped / "checkpoint.pt")
     (stopped / "events.out.tfevents.copy").touch()
     assert script.main(["--resume=latest"]) == 0
     points = curves(stopped).Scalars("losses/entropy")
-    assert [(e.step, e.value) for e in points] == [(1856, 1.5), (1920, 1.25)]
+    assert [(e.step, e.value) for e in points] == [(1216, 1.5), (1280, 1.25)]
 
 
 def test_a_resume_with_nothing_left_to_do_writes_the_weights_once_more(stopped):
     shutil.rmtree("models")
     done = run_script("--resume=latest", cwd=".")
-    assert done.returncode == 0 and "Trained 1,920 steps" in done.stdout
-    assert "--total-timesteps=3840" in done.stdout, "how it would go on"
-    assert script.Path("models/ai_breakout_game1920.mdl").is_file()
+    assert done.returncode == 0 and "Trained 1,280 steps" in done.stdout
+    assert "--total-timesteps=2560" in done.stdout, "how it would go on"
+    assert script.Path("models/ai_breakout_game1280.mdl").is_file()
 
 
 @pytest.mark.parametrize(
@@ -170,7 +170,7 @@ def test_a_resume_with_nothing_left_to_do_writes_the_weights_once_more(stopped):
         ("--env-id=ALE/Pong-v5", "--env-id=ALE/Pong-v5"),
         ("--model-filename=x.mdl", "--model-filename=x.mdl"),
         ("--replay-steps=99", "--replay-steps=99"),
-        ("--total-timesteps=1919", "--total-timesteps can only be raised: it is 1920"),
+        ("--total-timesteps=1279", "--total-timesteps can only be raised: it is 1280"),
         ("--run", "--run"), ("--evaluate=3", "--evaluate"), ("--record=a.gif", "--record"),
         ("--checkpoint-minutes=-1", "--checkpoint-minutes must be"),
     ],
@@ -228,7 +228,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(stopped, capsy
     assert f"{stopped}/checkpoint.pt is not a checkpoint: " in output
     assert "going on from checkpoint.previous.pt" in output and f"at step {steps:,}" in output
     assert (stopped / "checkpoint.damaged.pt").exists(), "set aside, not thrown away"
-    assert torch.load(stopped / "checkpoint.pt", weights_only=True)["global_step"] == 1920
+    assert torch.load(stopped / "checkpoint.pt", weights_only=True)["global_step"] == 1280
 
 
 def test_a_mistake_leaves_a_damaged_checkpoint_where_it_is(stopped, capsys):
@@ -253,7 +253,7 @@ def test_a_checkpoint_is_plain_and_its_weights_can_be_watched(stopped, capsys):
     agent, about = script.load_agent(stopped / "checkpoint.pt", game)
     weights = torch.load(stopped / "last.mdl", weights_only=True)["weights"]
     assert all(torch.equal(weights[name], x) for name, x in agent.state_dict().items())
-    assert about["global_step"] == 1920 and about["config"]["num_envs"] == 2
+    assert about["global_step"] == 1280 and about["config"]["num_envs"] == 2
 
 
 def test_a_draft_that_was_cut_off_is_no_checkpoint(stopped, capsys):
@@ -289,15 +289,15 @@ def test_games_are_brought_back_to_the_pixel_at_any_step(kind, rom):
     game, rng = script.Game(rom, sticky=0.25, max_frames=1000), np.random.default_rng(1)
     games = script.ReplayableGames(kind(game, 3), replay_steps=120)
     games.reset(5)
-    for step in range(500):
+    for step in range(320):
         result = games.step(rng.integers(0, len(games.games.action_names), 3))
-        if step in (40, 260, 499) or (games.ages == 0).any():
+        if step in (40, 200, 319) or (games.ages == 0).any():
             again = script.ReplayableGames(kind(game, 3), replay_steps=120)
             frames = again.load_state_dict(games.state_dict())
             assert np.array_equal(frames, result.frames)
             for name in ("lives", "ended", "frame_numbers", "scores"):
                 assert np.array_equal(getattr(again.games, name), getattr(games.games, name))
-            games = again if step == 260 else games
+            games = again if step == 200 else games
     assert (games.seeds > 7).all()
 
 
