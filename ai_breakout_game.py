@@ -18,8 +18,8 @@ Two cores take 700 steps a second. 42.8 million gave the agent that ships, which
 39.8 (mean of 100 games; a human 31.8, random buttons 1.7).
 
 The file reads once, from top to bottom: configuration, several processes, the game and its
-wrappers, the network, PPO, logs, training, playing, the command line. Functions call only what
-stands above them.
+wrappers, the network, PPO, logs, training, playing, the command line. Functions and classes use
+only what stands above them.
 
 Shapes, named the same everywhere: T steps of a rollout, N environments, B = T * N, M samples of a
 minibatch, A actions. Frames are uint8 until the network, actions int64, flags bool.
@@ -182,8 +182,6 @@ class Config:
                 f"--num-minibatches={self.num_minibatches} does not divide the batch of "
                 f"{self.num_envs} games x {self.num_steps} steps = {self.batch_size}"
             )
-        if self.num_envs * self.replay_steps > 10**8:  # a checkpoint has a byte for each
-            raise UserError("--replay-steps x --num-envs must be 100,000,000 or less")
         if self.precision not in ("auto", "float32", "bfloat16"):
             raise UserError(f"--precision={self.precision} is neither auto, float32 nor bfloat16")
         if self.record and Path(self.record).suffix.lower() not in (".gif", ".mp4"):
@@ -265,7 +263,10 @@ def all_processes() -> Iterator[None]:
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    # NCCL refuses two processes on one GPU, and Windows has none; gloo is slower, but can.
+    nccl = dist.is_nccl_available()
+    nccl &= torch.cuda.device_count() >= int(os.environ["LOCAL_WORLD_SIZE"])
+    dist.init_process_group("cpu:gloo,cuda:nccl" if nccl else "gloo")
     try:
         yield
     except RuntimeError as error:
@@ -935,13 +936,15 @@ class TrainState:
 
 
 class StopRequest:
-    """Turns Ctrl-C, SIGTERM and SIGHUP into a flag: training stops between two steps."""
+    """Turns Ctrl-C, SIGTERM and the like into a flag: training stops between two steps."""
 
     def __enter__(self) -> StopRequest:
         self.requested = self.signalled = False
         signals = [signal.SIGINT, signal.SIGTERM]
-        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
-            signals.append(signal.SIGHUP)  # nohup has it ignored
+        for name in ("SIGHUP", "SIGBREAK"):  # a terminal that is closed; Ctrl-Break on Windows
+            signum = getattr(signal, name, None)
+            if signum and signal.getsignal(signum) != signal.SIG_IGN:  # as nohup has it
+                signals.append(signum)
         self.before = {signum: signal.signal(signum, self.handle) for signum in signals}
         return self
 
@@ -994,7 +997,7 @@ def collect_rollout(
             r.temperatures[t] = policy_temperatures(games.idle, state.agent.patience)
             seen = (state.agent, r.frames[t], r.temperatures[t], noise[t])
             r.actions[t], r.log_probs[t], r.values[t] = state.act(*seen)
-            result = games.step(r.actions[t].cpu().numpy())  # the one wait for the device in a step
+            result = games.step(r.actions[t].cpu().numpy())  # waits for what the network computes
             r.frames[t + 1] = to_blocks(torch.from_numpy(result.frames))
             results.append(result._replace(frames=None))
             finished += [(t + 1, game) for game in result.finished]
@@ -1621,7 +1624,7 @@ def pick_compiler(wanted: bool | None, device: torch.device) -> Callable[[Any], 
 def check_writable(folder: Path) -> None:
     """Raise UserError unless `folder` can be written to, or made."""
     nearest = folder.absolute()
-    while not os.path.lexists(nearest):
+    while not os.path.lexists(nearest) and nearest != nearest.parent:
         nearest = nearest.parent
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
         raise UserError(f"cannot write to {folder}/: {nearest} is no folder that may be written to")
@@ -1645,7 +1648,8 @@ def locked(folder: Path) -> Iterator[None]:
                 yield
             except UserError:
                 if not was_there:  # a mistake writes nothing
-                    path.unlink(missing_ok=True)
+                    with contextlib.suppress(OSError):  # Windows removes it by itself
+                        path.unlink()
                 raise
     except Timeout:
         raise UserError(f"{folder}/ is being trained by another process") from None
@@ -1794,6 +1798,12 @@ def set_up(config: Config, run: Run | None) -> tuple[TrainState, ReplayableGames
         raise UserError(
             f"{config.num_envs} games x {config.num_steps} steps cannot be split evenly over "
             f"{place().size} processes and then over --num-minibatches={config.num_minibatches}"
+        )
+    longest = config.replay_steps + config.max_frames // FRAME_SKIP  # from one seed to the next
+    if config.num_envs * longest > LARGEST_FILE * 4 // 5:  # a checkpoint has a byte for each
+        raise UserError(
+            f"--num-envs x (--replay-steps + --max-frames / {FRAME_SKIP}) must be "
+            f"{LARGEST_FILE * 4 // 5:,} or less, else a checkpoint grows too large to be read"
         )
     for name in ("runs", "models"):
         check_writable(Path(name))
@@ -2288,7 +2298,9 @@ class Player:
         self.recordings = 0
         self.message, self.message_until = "h: keys", time.monotonic() + 4
         self.count, self.due = 0, time.monotonic()
-        cv2.namedWindow(self.TITLE, cv2.WINDOW_AUTOSIZE | cv2.WINDOW_GUI_NORMAL)
+        # Without Qt's bar of tools; a Mac, which has no Qt, keeps to the picture's size only so.
+        plain = 0 if sys.platform == "darwin" else cv2.WINDOW_GUI_NORMAL
+        cv2.namedWindow(self.TITLE, cv2.WINDOW_AUTOSIZE | plain)
 
     def say(self, message: str) -> None:
         """Show a line for a few seconds, and print it."""
@@ -2370,6 +2382,8 @@ class Player:
         key = cv2.waitKeyEx(max(1, round(seconds * 1000))) & 0xFFFF  # above: Shift, Num Lock
         if 0 < key < 256:  # arrows and the like lie higher; -1, no key, as well
             self.press(chr(key).lower())
+        if sys.platform == "darwin":  # no window can be closed there, and one put away is not seen
+            return
         try:
             self.quit |= cv2.getWindowProperty(self.TITLE, cv2.WND_PROP_VISIBLE) < 1
         except cv2.error:  # Qt forgets all about the last window that is closed
@@ -2486,6 +2500,8 @@ def check_mode(given: dict[str, Any]) -> None:
     """
     if given.get("record") == "":
         raise UserError("--record= needs the name of a file, .gif or .mp4")
+    if given.get("evaluate") == 0:
+        raise UserError("--evaluate=0 plays no game: leave it out to train")
     modes = {"run": "--run", "evaluate": "--evaluate=N", "record": "--record=NAME"}
     needs = {"playing": list(modes), "recording": ["record"]}
     for field in dataclasses.fields(Config):

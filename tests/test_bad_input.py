@@ -95,6 +95,14 @@ def fuzz_command_lines(capsys, count, seed):
         mistake(capsys, *words)
 
 
+def test_a_drive_that_is_not_there_gets_one_line(folder, capsys, monkeypatch):
+    """Windows' Z:\\ is its own parent, and need not exist."""
+    monkeypatch.setattr(script.os.path, "lexists", lambda path: False)
+    monkeypatch.setattr(script.Path, "is_dir", lambda path: False)
+    with pytest.raises(script.UserError, match="cannot write to"):
+        script.check_writable(Path("films"))
+
+
 def test_hundreds_of_bad_command_lines_get_one_line_each(folder, capsys):
     fuzz_command_lines(capsys, 300, seed=0)
 

@@ -82,6 +82,16 @@ def test_a_terminal_that_is_closed_costs_nothing(tmp_path):
     assert_whole(run)
 
 
+def test_ctrl_break_on_windows_saves_as_ctrl_c_does(tmp_path):
+    """Python has SIGBREAK there alone; here another signal stands in for it."""
+    process = start(*SMALL, cwd=tmp_path, before="import signal; signal.SIGBREAK = signal.SIGUSR1")
+    wait_for(" left; ", process)
+    process.send_signal(signal.SIGUSR1)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0 and "Stopped after" in output
+    assert_whole(run_of(tmp_path))
+
+
 def test_nohup_is_respected(tmp_path):
     process = subprocess.Popen(
         ["nohup", sys.executable, str(SCRIPT), *SMALL],

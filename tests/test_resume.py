@@ -256,6 +256,21 @@ def test_a_checkpoint_is_plain_and_its_weights_can_be_watched(stopped, capsys):
     assert about["global_step"] == 1280 and about["config"]["num_envs"] == 2
 
 
+def test_a_mistake_is_named_where_a_lock_that_is_held_cannot_be_removed(
+    stopped, capsys, monkeypatch
+):
+    """As on Windows, which removes it once it is free."""
+
+    def refuse(*_, **__):
+        raise PermissionError("it is in use")
+
+    (stopped / ".lock").unlink()
+    with monkeypatch.context() as windows:
+        windows.setattr(script.Path, "unlink", refuse)
+        assert script.main(["--resume=latest", "--seed=9"]) == 2
+    assert "another run" in capsys.readouterr().err
+
+
 def test_a_draft_that_was_cut_off_is_no_checkpoint(stopped, capsys):
     draft = stopped / ".checkpoint.pt.123.tmp"
     draft.write_bytes(b"half")
