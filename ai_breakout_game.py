@@ -1800,10 +1800,11 @@ def set_up(config: Config, run: Run | None) -> tuple[TrainState, ReplayableGames
             f"{place().size} processes and then over --num-minibatches={config.num_minibatches}"
         )
     longest = config.replay_steps + config.max_frames // FRAME_SKIP  # from one seed to the next
-    if config.num_envs * longest > LARGEST_FILE * 4 // 5:  # a checkpoint has a byte for each
+    room = LARGEST_FILE * 4 // 5  # a checkpoint has a byte for each step of each game
+    if config.num_envs * longest > room:
         raise UserError(
-            f"--num-envs x (--replay-steps + --max-frames / {FRAME_SKIP}) must be "
-            f"{LARGEST_FILE * 4 // 5:,} or less, else a checkpoint grows too large to be read"
+            f"--num-envs x (--replay-steps + --max-frames / {FRAME_SKIP}) must be {room:,} or "
+            "less, else a checkpoint grows too large to be read"
         )
     for name in ("runs", "models"):
         check_writable(Path(name))
