@@ -50,6 +50,7 @@ import warnings
 import zipfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple, get_args, get_type_hints
 
@@ -214,13 +215,8 @@ class Config:
 class Place(NamedTuple):
     """Which of the processes this is."""
 
-    rank: int
+    rank: int  # 0 speaks, logs and saves
     size: int
-
-    @property
-    def is_first(self) -> bool:
-        """The one that speaks, logs and saves."""
-        return self.rank == 0
 
 
 def place() -> Place:
@@ -240,7 +236,7 @@ def gather(item: Any) -> list[Any]:
     """The `item` of every process, by rank; [] in all but the first."""
     if not dist.is_initialized():
         return [item]
-    items = [None] * place().size if place().is_first else None
+    items = [None] * place().size if place().rank == 0 else None
     dist.gather_object(item, items)
     return items or []
 
@@ -346,27 +342,11 @@ class NoopResetEnv(gym.Wrapper):
         return obs, info
 
 
-class RGBSaveEnv(gym.Wrapper):
-    """Keeps every frame in colour for the eye, while the network sees the grey ones."""
+class RGBSaveEnv(gym.wrappers.RenderCollection):
+    """Keeps every frame in colour, (210, 160, 3) uint8, for the eye, until `render` takes them."""
 
     def __init__(self, env: gym.Env) -> None:
-        super().__init__(env)
-        self.rgb_frames: list[np.ndarray] = []  # (210, 160, 3) uint8 each, since `take_frames`
-
-    def take_frames(self) -> list[np.ndarray]:
-        """The frames since the last call, in the order in which they were on the screen."""
-        taken, self.rgb_frames = self.rgb_frames, []
-        return taken
-
-    def reset(self, **kwargs: Any) -> tuple[np.ndarray, dict]:
-        obs, info = self.env.reset(**kwargs)
-        self.rgb_frames.append(self.unwrapped.ale.getScreenRGB())
-        return obs, info
-
-    def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict]:
-        result = self.env.step(action)
-        self.rgb_frames.append(self.unwrapped.ale.getScreenRGB())
-        return result
+        super().__init__(env, reset_clean=False)
 
 
 class MaxAndSkipEnv(gym.Wrapper):
@@ -461,8 +441,10 @@ def make_env(game: Game, noop_max: int = NOOP_MAX, keep_rgb: bool = False) -> gy
     the games show the agent the same bytes, at every step that it decides. The true score of a
     whole game is counted below the lives and the clipping: info["episode"], once it is over.
     """
-    sticky = game.sticky
-    env = AtariEnv(game.rom, obs_type="grayscale", frameskip=1, repeat_action_probability=sticky)
+    env = AtariEnv(
+        game.rom, obs_type="grayscale", render_mode="rgb_array", frameskip=1,
+        repeat_action_probability=game.sticky,
+    )  # fmt: skip
     if keep_rgb:
         env = RGBSaveEnv(env)
     env = NoopResetEnv(FireResetEnv(env), noop_max)
@@ -740,10 +722,7 @@ BLOCK = 4  # pixels: the stride of the first convolution
 
 
 def to_blocks(x: Tensor, size: int = BLOCK) -> Tensor:
-    """(M, C, H, W) -> (M, size * size * C, H / size, W / size): squares of pixels become channels.
-
-    In memory the channels lie innermost.
-    """
+    """(M, C, H, W) -> (M, size * size * C, H / size, W / size), channels innermost in memory."""
     x = x.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1)  # (M, H, W, C)
     x = x.unflatten(2, (-1, size)).unflatten(1, (-1, size))  # (M, H / size, size, W / size, ...)
     return x.transpose(2, 3).flatten(3).permute(0, 3, 1, 2)
@@ -871,8 +850,6 @@ class Rollout(NamedTuple):
 def make_rollout(num_steps: int, num_envs: int, device: torch.device) -> Rollout:
     """Storage for T steps of N games: 28 kB a step, nearly all of it frames."""
     size = (num_steps, num_envs)
-    # In memory a block's pixels lie together, as the convolutions read them: a minibatch is
-    # gathered without being transposed.
     side = FRAME_SIZE // BLOCK
     shape = (num_steps + 1, num_envs, side, side, FRAME_STACK * BLOCK**2)
     return Rollout(
@@ -950,7 +927,7 @@ class StopRequest:
 
     def handle(self, signum: int, frame: Any) -> None:
         """Once is enough: later signals change nothing while the state is being saved."""
-        if not self.signalled and place().is_first:
+        if not self.signalled and place().rank == 0:
             with contextlib.suppress(OSError):  # the terminal may be what was closed
                 os.write(2, b"\nStopping; saving ...\n")  # print may be what it interrupted
         self.signalled = True
@@ -1163,10 +1140,7 @@ def learn_minibatch(state: TrainState, minibatch: Batch, config: Config) -> Tens
 
 
 def mean_metrics(state: TrainState, batch: Batch, history: list[Tensor]) -> dict[str, float]:
-    """Means of what `learn_minibatch` returned, and how much of the returns the values explained.
-
-    Raises RunError once one of them is not finite.
-    """
+    """Means over an update, and the variance explained. RunError once one is not finite."""
     _, unexplained, _ = masked_moments(batch.returns - batch.values, batch.mask)
     explained = 1 - unexplained / masked_moments(batch.returns, batch.mask)[1].clamp(min=1e-8)
     weights = sum(parameter.detach().sum() for parameter in state.agent.parameters())
@@ -1295,9 +1269,8 @@ def find_model(name: str, config: Config) -> Path:
     """A model's file: `name` as it stands, or in models/ here, or in models/ beside this script."""
     shipped = Path(__file__).resolve().parent / "models"
     for path in (Path(name), Path("models") / name, shipped / name):
-        with contextlib.suppress(OSError, ValueError):  # a name no file can have
-            if path.is_file():
-                return path
+        if os.path.isfile(path):  # False, not an error, for a name that no file can have
+            return path
     raise UserError(
         f"no model {name} here or in models/; `python3 {Path(sys.argv[0]).name} "
         f"--total-timesteps=3000{env_flag(config)}` trains one and says how to watch it"
@@ -1336,19 +1309,13 @@ def load_agent(path: Path, game: Game) -> tuple[Agent, dict[str, Any]]:
 
 def say(text: str) -> None:
     """Print a line. A terminal that was closed, or a broken pipe, ends no training."""
-    if not place().is_first:
+    if place().rank > 0:
         return
     try:
         tqdm.write(text)  # above the bar
         sys.stdout.flush()
     except OSError:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-
-
-def duration(seconds: float) -> str:
-    """75 -> 0:01:15."""
-    minutes, seconds = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
 
 
 class Progress:
@@ -1382,7 +1349,7 @@ class Progress:
             self.next_line = self.seconds + 30
             line = f"{self.done:,} {self.unit}, {self.speed:,.4g} a second"
             if self.total:
-                line += f", {duration((self.total - self.done) / self.speed)} left"
+                line += f", {timedelta(seconds=round((self.total - self.done) / self.speed))} left"
             say(f"{line}; {text}")
 
     def close(self) -> None:
@@ -1675,9 +1642,8 @@ def find_run(name: str) -> Path:
                 saved[path.parent] = max(path.stat().st_mtime, saved.get(path.parent, 0))
         folders = sorted(saved, key=saved.get, reverse=True)
     for folder in folders:
-        with contextlib.suppress(OSError, ValueError):  # a name no folder can have
-            if folder.is_dir():
-                return folder
+        if os.path.isdir(folder):  # False, not an error, for a name that no folder can have
+            return folder
     raise UserError(f"--resume={name}: there is no such run; they lie in runs/")
 
 
@@ -1761,7 +1727,7 @@ def print_summary(
     """What was learnt, how fast, where it lies, and which commands show it and go on."""
     verb = "Trained" if content["update"] == config.num_updates else "Stopped after"
     text = f"\n{verb} {content['global_step']:,} steps, {content['games']:,} games, in "
-    text += f"{duration(progress.seconds)}: {progress.speed:,.0f} steps/s"
+    text += f"{timedelta(seconds=round(progress.seconds))}: {progress.speed:,.0f} steps/s"
     if run.saved:
         text += f", resumed at {run.saved['global_step']:,}"
         text += "" if progress.done > progress.initial else ": nothing was left to train"
@@ -1820,7 +1786,7 @@ def set_up(config: Config, run: Run | None) -> tuple[TrainState, ReplayableGames
         frames = bring_back(state, games, run)
     else:
         frames = games.reset(config.seed)
-        run = broadcast(new_run(config.env_id, config.seed) if place().is_first else None)
+        run = broadcast(new_run(config.env_id, config.seed) if place().rank == 0 else None)
     if dist.is_initialized():  # another processor may have drawn other weights from the seed
         for tensor in state.agent.state_dict().values():
             dist.broadcast(tensor, 0)
@@ -1866,7 +1832,7 @@ def train(config: Config, run: Run | None = None) -> None:
     """Train an agent, or go on with a `run`."""
     state, games, rollout, run = set_up(config, run)
     replay = games.state_dict()
-    if not place().is_first:
+    if place().rank > 0:
         with StopRequest() as stop, Watchdog(games.games):
             for _ in updates(config, state, games, rollout, stop):
                 games.state_dict()
@@ -1899,7 +1865,7 @@ def resume(given: dict[str, Any]) -> None:
         if given.get(mode):
             raise UserError(f"--resume trains: it does not go with --{mode}")
     name = given.pop("resume")
-    if not place().is_first:
+    if place().rank > 0:
         train(*broadcast(None))
         return
     folder = find_run(name)
@@ -1922,26 +1888,14 @@ EMULATOR_FPS = 60
 RANDOM_SCORE, HUMAN_SCORE = 1.7, 31.8  # on Breakout: Mnih et al. 2015, extended data table 2
 
 
-class RandomAgent(nn.Module):
-    """Thinks all actions equally good: the baseline of every lesson."""
-
-    patience = 0.0
-
-    def __init__(self, num_actions: int) -> None:
-        super().__init__()
-        self.num_actions = num_actions
-
-    def forward(self, frames: Tensor) -> tuple[Tensor, Tensor]:
-        """frames (M, ...) -> logits (M, A), values (M,), all zero."""
-        zeros = torch.zeros(len(frames), self.num_actions, device=frames.device)
-        return zeros, zeros[:, 0]
-
-
 def load_player(config: Config, game: Game) -> tuple[nn.Module, Path]:
     """The agent to play with, on its device, and its file; random has models/random_<game>."""
     device = pick_device(config.device)
-    if config.model_filename == "random":
-        return RandomAgent(len(action_names(game.rom))), Path("models") / f"random_{game.rom}"
+    if config.model_filename == "random":  # zeros think all actions equally good
+        agent = Agent(len(action_names(game.rom))).to(device)
+        for parameter in agent.parameters():
+            nn.init.zeros_(parameter)
+        return agent, Path("models") / f"random_{game.rom}"
     path = find_model(config.model_filename or f"ai_{game.rom}_game.mdl", config)
     agent = load_agent(path, game)[0].to(device)
     agent.patience = agent.patience if config.patience is None else config.patience
@@ -2043,8 +1997,6 @@ def evaluate(config: Config) -> Path:
 # Blue, green, red, as OpenCV has them.
 PAPER, PLATE = (26, 22, 20), (48, 42, 38)
 INK, DIM, ACCENT = (240, 240, 240), (150, 145, 140), (60, 150, 255)
-
-
 FONT = cv2.FontFace("sans")  # built into OpenCV
 
 
@@ -2228,7 +2180,7 @@ def watch(
 ) -> Iterator[list[np.ndarray]]:
     """Play on and on for `view`; yields each step's emulator frames, (210, 160, 3) uint8, RGB."""
     for moment in run_episodes(agent, games, config, seed):
-        shots = games.env.call("take_frames")[0]
+        shots = games.env.render()[0]
         if shots:  # none: a life was lost in a game that goes on without FIRE
             view.observe(moment, games.scores[0], len(shots[0]))
             yield shots
@@ -2283,7 +2235,6 @@ class Player:
         ("+  -", "faster, slower"), ("n", "panel on, off"), ("g", "GIF on, off"),
         ("v", "MP4 on, off"), ("r", "new game"), ("h", "these keys"),
     )  # fmt: skip
-    SPEEDS = (0.125, 0.25, 0.5, 1, 2, 4, 8)
 
     def __init__(self, view: View) -> None:
         # Qt looks for fonts of its own and complains; all text here is drawn by OpenCV.
@@ -2346,8 +2297,7 @@ class Player:
         elif key in "gv":
             self.toggle_recorder(".gif" if key == "g" else ".mp4")
         elif key in "+=-":
-            gear = self.SPEEDS.index(self.speed) + (-1 if key == "-" else 1)
-            self.speed = self.SPEEDS[min(max(gear, 0), len(self.SPEEDS) - 1)]
+            self.speed = min(max(self.speed * (0.5 if key == "-" else 2), 0.125), 8.0)
             self.say(f"speed x {self.speed:g}")
 
     def film(self, picture: np.ndarray) -> None:

@@ -371,10 +371,11 @@ def test_a_recording_that_is_broken_off_is_kept(monkeypatch):
 
 
 def test_the_panel_shows_what_the_agent_sees_and_thinks():
-    agent, games = script.RandomAgent(4), script.WrappedGames(BREAKOUT, 1, keep_rgb=True)
+    agent, _ = script.load_player(script.Config(model_filename="random"), BREAKOUT)
+    games = script.WrappedGames(BREAKOUT, 1, keep_rgb=True)
     view = script.View(games.action_names, 3, True)
     for moment, _ in zip(script.run_episodes(agent, games, script.Config(), 1), range(20)):
-        shots = games.env.call("take_frames")[0]
+        shots = games.env.render()[0]
         view.observe(moment, 7.0, 210)
     picture = view.picture(shots[-1])
     assert picture.shape == (630, 900, 3)
@@ -389,10 +390,12 @@ def test_the_panel_shows_what_the_agent_sees_and_thinks():
 
 
 def test_a_game_with_eighteen_actions_fits_the_panel():
-    agent = script.RandomAgent(18)
-    games = script.WrappedGames(script.Game("seaquest"), 1, keep_rgb=True)
+    config = script.Config(env_id="ALE/Seaquest-v5", model_filename="random")
+    game = script.find_game(config)
+    agent, _ = script.load_player(config, game)
+    games = script.WrappedGames(game, 1, keep_rgb=True)
     view = script.View(games.action_names, 2, True)
-    moment = next(script.run_episodes(agent, games, script.Config(env_id="ALE/Seaquest-v5"), 1))
+    moment = next(script.run_episodes(agent, games, config, 1))
     view.observe(moment, 0.0, 210)
     assert len(games.action_names) == 18 and view.drawn.shape == (420, 280, 3)
 
