@@ -161,6 +161,8 @@ class Config:
         "starts from --model-filename: above 1, likely buttons become likelier still", 0, 100)
     life_cost: float = knob(0.0, "PPO", "reward taken away where a life or the game ends: "
         "an agent that has little left to win would else not care", 0, 1000)
+    ema_decay: float = knob(0.0, "PPO", "save as the model a running mean of the weights, of which "
+        "an update leaves so much, as 0.997; 0: the last weights", 0, 1)
     clip_coef: float = knob(0.1, "PPO", "how far the policy may move in an update", 0)
     clip_vloss: bool = knob(True, "PPO", "clip how far the value moves as well")
     ent_coef: float = knob(0.003, "PPO", "weight of the entropy bonus, which keeps it curious", 0)
@@ -880,6 +882,7 @@ class TrainState:
     games: int = 0  # that are over
     best_return: float = -math.inf  # highest mean score of 100 games
     scores: deque[float] = dataclasses.field(default_factory=lambda: deque(maxlen=100))
+    average: dict[str, Tensor] | None = None  # of the weights; none without --ema-decay
 
     COUNTERS = ("update", "global_step", "games", "best_return")
 
@@ -893,13 +896,15 @@ class TrainState:
         state = self.about | {name: getattr(self, name) for name in self.COUNTERS}
         state |= {"scores": list(self.scores), "mean_return": self.mean_return}
         state |= {"weights": dict(self.agent.state_dict()), "patience": self.agent.patience}
-        state |= {"optimizer": self.optimizer.state_dict()}
+        state |= {"average": self.average, "optimizer": self.optimizer.state_dict()}
         return copy.deepcopy(state) | {"generator": self.generator.get_state()}
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Become what `saved` was a copy of."""
         self.agent.load_state_dict(saved["weights"])
         self.agent.patience = float(saved.get("patience", 0))  # older runs had none
+        for name, mean in (self.average or {}).items():
+            mean.copy_(saved["average"][name])
         self.optimizer.load_state_dict(saved["optimizer"])
         if saved["generator"].numel() == self.generator.get_state().numel():
             self.generator.set_state(saved["generator"])
@@ -1137,6 +1142,16 @@ def learn_minibatch(state: TrainState, minibatch: Batch, config: Config) -> Tens
     norm = nn.utils.clip_grad_norm_(state.agent.parameters(), c.max_grad_norm)
     state.optimizer.step()
     return torch.cat([parts, norm[None]])
+
+
+def average_weights(state: TrainState, decay: float) -> None:
+    """Move the mean of the weights, if one is kept, towards those after this update.
+
+    What is left of gradients that were noise is left out of the mean (Polyak and Juditsky 1992).
+    It is a plain one until it is as long as the decay makes it, 1 / (1 - decay) updates.
+    """
+    for name, mean in (state.average or {}).items():
+        mean.lerp_(state.agent.state_dict()[name], max(1 - decay, 1 / state.update))
 
 
 def mean_metrics(state: TrainState, batch: Batch, history: list[Tensor]) -> dict[str, float]:
@@ -1480,7 +1495,8 @@ class Checkpoints:
 
     def keep_model(self, path: Path) -> None:
         """Have the next `write` also write the model that is kept now to `path`."""
-        weights = {name: x.cpu().contiguous() for name, x in self.content["weights"].items()}
+        weights = self.content["average"] or self.content["weights"]
+        weights = {name: x.cpu().contiguous() for name, x in weights.items()}
         names = ("game", "env_id", "actions", "frame_stack", "seed", "patience", "mean_return")
         about = {name: self.content[name] for name in names}
         self.models[path] = {"weights": weights, "steps": self.content["global_step"], **about}
@@ -1687,7 +1703,9 @@ def make_state(
     about |= {"frame_stack": FRAME_STACK, "seed": config.seed}
     generator = torch.Generator(device).manual_seed(config.seed)
     compiler = pick_compiler(config.compile, device)
-    return TrainState(agent, optimizer, generator, about, compiler(act), compiler(minibatch_loss))
+    state = TrainState(agent, optimizer, generator, about, compiler(act), compiler(minibatch_loss))
+    state.average = copy.deepcopy(dict(agent.state_dict())) if config.ema_decay else None
+    return state
 
 
 class Watchdog:
@@ -1825,6 +1843,7 @@ def updates(
             return
         state.update += 1
         state.global_step += config.batch_size
+        average_weights(state, config.ema_decay)
         yield learning_rate, sorted(itertools.chain(*over), key=lambda x: x[0]), losses
 
 
