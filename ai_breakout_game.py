@@ -1300,7 +1300,7 @@ def load_agent(path: Path, game: Game) -> tuple[Agent, dict[str, Any]]:
     """
     content = read_file(path, "model", bare=True)
     about = content if isinstance(content, dict) and "weights" in content else {}
-    weights = about.get("weights", content)
+    weights = about.get("average") or about.get("weights", content)  # a checkpoint has both
     if not isinstance(weights, dict) or not all(isinstance(x, Tensor) for x in weights.values()):
         raise UserError(f"{path} is not a model: it holds no weights by name")
     if about.get("game", game.rom) != game.rom:
