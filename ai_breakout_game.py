@@ -19,7 +19,8 @@ Two cores take 700 steps a second. 54.3 million gave the agent that ships, which
 
 The file reads once, from top to bottom: configuration, several processes, the game and its
 wrappers, the network, PPO, logs, training, playing, the command line. Functions and classes use
-only what stands above them.
+only what stands above them. For PPO alone read `Agent`, `Rollout`, `collect_rollout`,
+`compute_gae`, `ppo_loss`, `update` and `updates`: 220 lines.
 
 Shapes, named the same everywhere: T steps of a rollout, N environments, B = T * N, M samples of a
 minibatch, A actions. Frames are uint8 until the network, actions int64, flags bool.
@@ -68,7 +69,6 @@ with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").mallopt(option, value)
 
 import ale_py
-import cv2
 import gymnasium as gym
 import numpy as np
 import torch
@@ -79,6 +79,12 @@ from ale_py.vector_env import AtariVectorEnv
 from filelock import FileLock, Timeout
 from torch import Tensor, nn
 from tqdm import tqdm
+
+try:
+    import cv2
+except ImportError as error:  # a server or a container without the system libraries that it needs
+    hint = "on Debian or Ubuntu, `apt-get install libgl1 libglib2.0-0 libsm6 libxext6` may mend it"
+    sys.exit(f"OpenCV does not start ({error}): {hint}")
 
 gym.register_envs(ale_py)
 ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)  # no banner for every game
@@ -115,7 +121,8 @@ class Config:
         "or a name in models/ (default: ai_<game>_game.mdl to play, none to train); 'random' "
         "plays without any")
 
-    env_id: str = knob("BreakoutNoFrameskip-v4", "game", "any ALE game that gymnasium registers")
+    env_id: str = knob("BreakoutNoFrameskip-v4", "game", "any ALE game that gymnasium registers, "
+        "at four emulator frames a step")
     sticky_actions: float | None = knob(None, "game", "chance that the emulator repeats the last "
         "action instead (default: as --env-id has it, 0 for ...NoFrameskip-v4)", 0, 1)
     max_frames: int = knob(108_000, "game", "emulator frames at which a game is cut off", 4, 10**9)
@@ -128,8 +135,9 @@ class Config:
     panel: bool = knob(True, "playing", "show what the agent sees and thinks beside the game")
 
     episodes: int = knob(1, "recording", "whole games to record", 1)
-    seconds: float | None = knob(None, "recording", "record so long, instead of whole games", 0.1)
-    skip: float = knob(0.0, "recording", "seconds that pass before a recording begins", 0)
+    seconds: float | None = knob(None, "recording", "record so long, instead of whole games",
+        0.1, 10**6)
+    skip: float = knob(0.0, "recording", "seconds that pass before a recording begins", 0, 10**6)
 
     total_timesteps: int = knob(10_000_000, "training", "steps to train, all games together, in "
         "whole updates; on Breakout 1.1 M bring a human's 30 points, 2.5 M about 90", 1, 10**12)
@@ -161,8 +169,8 @@ class Config:
         "starts from --model-filename: above 1, likely buttons become likelier still", 0, 100)
     life_cost: float = knob(0.0, "PPO", "reward taken away where a life or the game ends: "
         "an agent that has little left to win would else not care", 0, 1000)
-    ema_decay: float = knob(0.0, "PPO", "save as the model a running mean of the weights, of which "
-        "an update leaves so much, as 0.997; 0: the last weights", 0, 1)
+    ema_decay: float = knob(0.0, "PPO", "save as the model D * mean + (1 - D) * weights, moved so "
+        "after each update, D such as 0.997 (0: the weights; scores are always theirs)", 0, 1)
     clip_coef: float = knob(0.1, "PPO", "how far the policy may move in an update", 0)
     clip_vloss: bool = knob(True, "PPO", "clip how far the value moves as well")
     ent_coef: float = knob(0.003, "PPO", "weight of the entropy bonus, which keeps it curious", 0)
@@ -223,12 +231,14 @@ class Place(NamedTuple):
 
 def place() -> Place:
     """Which of torchrun's processes this is; the first of one without torchrun."""
-    return Place(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else Place(0, 1)
+    if dist.is_available() and dist.is_initialized():
+        return Place(dist.get_rank(), dist.get_world_size())
+    return Place(0, 1)
 
 
 def total(x: Tensor) -> Tensor:
     """The sum of `x` over all processes, in each of them."""
-    if dist.is_initialized():
+    if place().size > 1:
         x = x.clone()
         dist.all_reduce(x)
     return x
@@ -236,7 +246,7 @@ def total(x: Tensor) -> Tensor:
 
 def gather(item: Any) -> list[Any]:
     """The `item` of every process, by rank; [] in all but the first."""
-    if not dist.is_initialized():
+    if place().size == 1:
         return [item]
     items = [None] * place().size if place().rank == 0 else None
     dist.gather_object(item, items)
@@ -246,7 +256,7 @@ def gather(item: Any) -> list[Any]:
 def broadcast(item: Any) -> Any:
     """The first process's `item`, in each of them."""
     items = [item]
-    if dist.is_initialized():
+    if place().size > 1:
         dist.broadcast_object_list(items)
     return items[0]
 
@@ -282,7 +292,7 @@ def all_processes() -> Iterator[None]:
 FRAME_SKIP = 4  # emulator frames that an action is held for
 FRAME_STACK = 4  # frames the network sees at once: one alone does not show where the ball flies
 FRAME_SIZE = 84  # pixels, both ways
-NOOP_MAX = 30  # fewer frames than this pass by themselves when a game starts
+NOOP_MAX = 30  # so many frames, or fewer, pass by themselves when a game starts
 
 
 @functools.cache
@@ -724,7 +734,8 @@ BLOCK = 4  # pixels: the stride of the first convolution
 
 
 def to_blocks(x: Tensor, size: int = BLOCK) -> Tensor:
-    """(M, C, H, W) -> (M, size * size * C, H / size, W / size), channels innermost in memory."""
+    """(M, C, H, W) -> (M, size * size * C, H / size, W / size), channels innermost in memory: each
+    square of pixels becomes one, with as many channels."""
     x = x.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1)  # (M, H, W, C)
     x = x.unflatten(2, (-1, size)).unflatten(1, (-1, size))  # (M, H / size, size, W / size, ...)
     return x.transpose(2, 3).flatten(3).permute(0, 3, 1, 2)
@@ -814,8 +825,8 @@ def act(
     """frames (N, 64, 21, 21) uint8, temperatures (N,) and Gumbel noise (N, A) -> actions (N,)
     int64, drawn from the policy, their log probabilities (N,) and the values (N,).
 
-    The largest of log p + noise is action a with the probability p(a): Gumbel 1954. So all draws of
-    a rollout are made at once, and nothing in here is random.
+    argmax(log p + Gumbel noise) is a sample from p (Gumbel 1954). So all draws of a rollout are
+    made at once, before it, and nothing in here is random.
     """
     logits, values = agent(frames)
     log_probs = (logits / temperatures[:, None]).log_softmax(-1)
@@ -1055,8 +1066,8 @@ def draw_steps(batch: Batch, count: int, keys: Tensor) -> tuple[Tensor, Tensor]:
 
     Fewer are drawn by importance (Kahn and Marshall 1953), some of them several times. What a step
     changes grows with its advantage, in the policy as in the value, so it is drawn in proportion to
-    0.8 |A| / mean |A| + 0.2, and its mask is one over that: the gradient stays, on average and
-    nearly, that of all steps.
+    chance = 0.8 |A| / mean |A| + 0.2, and its mask is mean chance / chance: the gradient stays, on
+    average and nearly, that of all steps.
     """
     order = keys.argsort()
     if count == len(keys):
@@ -1064,7 +1075,8 @@ def draw_steps(batch: Batch, count: int, keys: Tensor) -> tuple[Tensor, Tensor]:
     sizes = batch.advantages.abs() * batch.mask
     mean = sizes.sum() / batch.mask.sum().clamp(min=1)
     chances = batch.mask * (0.8 * sizes / mean.clamp(min=1e-8) + 0.2)
-    # On a line on which each step is as long as its chance, points equally far from each other.
+    # Systematic resampling: on a line on which each step is as long as its chance, points equally
+    # far from each other.
     line = chances[order].cumsum(0)
     points = (torch.arange(count, device=keys.device) + 0.5) * (line[-1] / count)
     places = torch.searchsorted(line, points)
@@ -1134,7 +1146,7 @@ def learn_minibatch(state: TrainState, minibatch: Batch, config: Config) -> Tens
     loss, parts = state.loss(state.agent, *weigh(minibatch, c.norm_adv), *coefficients)
     loss.backward()
     parts = parts.clone()  # the next call of a captured graph writes over it
-    if dist.is_initialized():
+    if place().size > 1:
         numbers = [p.grad for p in state.agent.parameters()] + [parts]
         flat = total(torch.cat([x.flatten() for x in numbers]))  # one message, not thirteen
         for x, summed in zip(numbers, flat.split([x.numel() for x in numbers])):
@@ -1300,7 +1312,8 @@ def load_agent(path: Path, game: Game) -> tuple[Agent, dict[str, Any]]:
     """
     content = read_file(path, "model", bare=True)
     about = content if isinstance(content, dict) and "weights" in content else {}
-    weights = about.get("average") or about.get("weights", content)  # a checkpoint has both
+    has_mean = isinstance(about.get("average"), dict)  # a checkpoint, of a run with --ema-decay
+    weights = about.get("average" if has_mean else "weights", content)
     if not isinstance(weights, dict) or not all(isinstance(x, Tensor) for x in weights.values()):
         raise UserError(f"{path} is not a model: it holds no weights by name")
     if about.get("game", game.rom) != game.rom:
@@ -1805,7 +1818,7 @@ def set_up(config: Config, run: Run | None) -> tuple[TrainState, ReplayableGames
     else:
         frames = games.reset(config.seed)
         run = broadcast(new_run(config.env_id, config.seed) if place().rank == 0 else None)
-    if dist.is_initialized():  # another processor may have drawn other weights from the seed
+    if place().size > 1:  # another processor may have drawn other weights from the seed
         for tensor in state.agent.state_dict().values():
             dist.broadcast(tensor, 0)
     rollout.frames[-1] = to_blocks(torch.from_numpy(frames))
