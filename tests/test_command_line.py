@@ -90,6 +90,8 @@ def test_the_defaults_are_the_configs():
         (["--record=a.gif", "--evaluate=2"], "ask for one"),
         (["--record=a.gif", "--model-filename=nowhere.mdl"], "no model nowhere.mdl"),
         (["--record=a.gif", "--seconds=0"], "--seconds must be"),
+        (["--record=a.gif", "--seconds=1e15"], "--seconds must be"),
+        (["--record=a.gif", "--skip=1e308"], "--skip must be"),
         (["--record="], "needs the name of a file"),
         (["--record=a.gif", "--skip=-1"], "--skip must be"),
         (["--seconds=5"], "--seconds is for recording: add --record=NAME"),
@@ -110,6 +112,13 @@ def test_a_mistake_ends_the_program_with_code_2(tmp_path):
     done = run_script("--num-envs=0", cwd=tmp_path)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr == "ai_breakout_game.py: --num-envs must be from 1 to 4,096, not 0\n"
+
+
+def test_a_system_without_the_libraries_of_opencv_gets_one_line(tmp_path):
+    (tmp_path / "cv2.py").write_text("raise ImportError('libGL.so.1: no such file')")
+    done = run_script("--help", cwd=tmp_path, PYTHONPATH=str(tmp_path))
+    assert done.returncode == 1 and done.stdout == "" and done.stderr.count("\n") == 1
+    assert "libGL.so.1" in done.stderr and "apt-get install libgl1" in done.stderr
 
 
 @pytest.mark.parametrize("name", ["runs", "models"])
