@@ -1050,7 +1050,7 @@ def masked_moments(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def weigh(minibatch: Batch, norm_adv: bool) -> tuple[Batch, Tensor]:
-    """Normalise the advantages, and give each step its weight in a mean, (M,) float32: its part of
+    """Normalise the advantages, and give each step its share in a mean, (M,) float32: its part of
     the mask's sum. Summed and normalised over the minibatch of all processes.
     """
     mask, advantages = minibatch.mask, minibatch.advantages
@@ -1093,7 +1093,7 @@ def ppo_loss(
     logits: Tensor,
     values: Tensor,
     batch: Batch,
-    weights: Tensor,
+    shares: Tensor,
     clip_coef: float,
     ent_coef: float,
     vf_coef: float,
@@ -1101,7 +1101,7 @@ def ppo_loss(
 ) -> tuple[Tensor, Tensor]:
     """The loss of a minibatch, given what the network says now: logits (M, A), values (M,).
 
-    `batch` and `weights` are what `weigh` returns. Returns the loss, a scalar, and its parts
+    `batch` and `shares` are what `weigh` returns. Returns the loss, a scalar, and its parts
     without gradient, (6,): all of LOSS_NAMES but the last.
     """
     all_log_probs = logits.log_softmax(-1)
@@ -1111,22 +1111,22 @@ def ppo_loss(
     # Clipped surrogate objective, equation 7: nothing is gained by moving beyond 1 +- clip_coef.
     clipped_ratio = ratio.clamp(1 - clip_coef, 1 + clip_coef)
     gain = torch.min(ratio * batch.advantages, clipped_ratio * batch.advantages)
-    policy_loss = -(gain * weights).sum()
+    policy_loss = -(gain * shares).sum()
 
     # The value's move is clipped alike: not in the paper, but in its authors' own program.
     errors = (values - batch.returns).square()
     if clip_vloss:
         clipped_values = batch.values + (values - batch.values).clamp(-clip_coef, clip_coef)
         errors = torch.max(errors, (clipped_values - batch.returns).square())
-    value_loss = 0.5 * (errors * weights).sum()
+    value_loss = 0.5 * (errors * shares).sum()
 
-    entropy = -((all_log_probs.exp() * all_log_probs).sum(-1) * weights).sum()
+    entropy = -((all_log_probs.exp() * all_log_probs).sum(-1) * shares).sum()
     loss = policy_loss - ent_coef * entropy + vf_coef * value_loss  # equation 9, its c1 halved
 
     # How far the policy has moved: two estimates of KL(old, new), joschu.net/blog/kl-approx.html,
     # and the share of steps whose ratio is clipped.
     moves = (-log_ratio, ratio - 1 - log_ratio, ((ratio - 1).abs() > clip_coef).float())
-    parts = (value_loss, policy_loss, entropy, *((move * weights).sum() for move in moves))
+    parts = (value_loss, policy_loss, entropy, *((move * shares).sum() for move in moves))
     return loss, torch.stack([part.detach() for part in parts])
 
 
