@@ -169,8 +169,6 @@ class Config:
         "starts from --model-filename: above 1, likely buttons become likelier still", 0, 100)
     life_cost: float = knob(0.0, "PPO", "reward taken away where a life or the game ends: "
         "an agent that has little left to win would else not care", 0, 1000)
-    ema_decay: float = knob(0.0, "PPO", "save as the model D * mean + (1 - D) * weights, moved so "
-        "after each update, D such as 0.997 (0: the weights; scores are always theirs)", 0, 1)
     clip_coef: float = knob(0.1, "PPO", "how far the policy may move in an update", 0)
     clip_vloss: bool = knob(True, "PPO", "clip how far the value moves as well")
     ent_coef: float = knob(0.003, "PPO", "weight of the entropy bonus, which keeps it curious", 0)
@@ -893,7 +891,6 @@ class TrainState:
     games: int = 0  # that are over
     best_return: float = -math.inf  # highest mean score of 100 games
     scores: deque[float] = dataclasses.field(default_factory=lambda: deque(maxlen=100))
-    average: dict[str, Tensor] | None = None  # of the weights; none without --ema-decay
 
     COUNTERS = ("update", "global_step", "games", "best_return")
 
@@ -907,15 +904,13 @@ class TrainState:
         state = self.about | {name: getattr(self, name) for name in self.COUNTERS}
         state |= {"scores": list(self.scores), "mean_return": self.mean_return}
         state |= {"weights": dict(self.agent.state_dict()), "patience": self.agent.patience}
-        state |= {"average": self.average, "optimizer": self.optimizer.state_dict()}
+        state |= {"optimizer": self.optimizer.state_dict()}
         return copy.deepcopy(state) | {"generator": self.generator.get_state()}
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Become what `saved` was a copy of."""
         self.agent.load_state_dict(saved["weights"])
         self.agent.patience = float(saved.get("patience", 0))  # older runs had none
-        for name, mean in (self.average or {}).items():
-            mean.copy_(saved["average"][name])
         self.optimizer.load_state_dict(saved["optimizer"])
         if saved["generator"].numel() == self.generator.get_state().numel():
             self.generator.set_state(saved["generator"])
@@ -1156,16 +1151,6 @@ def learn_minibatch(state: TrainState, minibatch: Batch, config: Config) -> Tens
     return torch.cat([parts, norm[None]])
 
 
-def average_weights(state: TrainState, decay: float) -> None:
-    """Move the mean of the weights, if one is kept, towards those after this update.
-
-    What is left of gradients that were noise is left out of the mean (Polyak and Juditsky 1992).
-    It is a plain one until it is as long as the decay makes it, 1 / (1 - decay) updates.
-    """
-    for name, mean in (state.average or {}).items():
-        mean.lerp_(state.agent.state_dict()[name], max(1 - decay, 1 / state.update))
-
-
 def mean_metrics(state: TrainState, batch: Batch, history: list[Tensor]) -> dict[str, float]:
     """Means over an update, and the variance explained. RunError once one is not finite."""
     _, unexplained, _ = masked_moments(batch.returns - batch.values, batch.mask)
@@ -1312,8 +1297,7 @@ def load_agent(path: Path, game: Game) -> tuple[Agent, dict[str, Any]]:
     """
     content = read_file(path, "model", bare=True)
     about = content if isinstance(content, dict) and "weights" in content else {}
-    has_mean = isinstance(about.get("average"), dict)  # a checkpoint, of a run with --ema-decay
-    weights = about.get("average" if has_mean else "weights", content)
+    weights = about.get("weights", content)
     if not isinstance(weights, dict) or not all(isinstance(x, Tensor) for x in weights.values()):
         raise UserError(f"{path} is not a model: it holds no weights by name")
     if about.get("game", game.rom) != game.rom:
@@ -1508,8 +1492,7 @@ class Checkpoints:
 
     def keep_model(self, path: Path) -> None:
         """Have the next `write` also write the model that is kept now to `path`."""
-        weights = self.content["average"] or self.content["weights"]
-        weights = {name: x.cpu().contiguous() for name, x in weights.items()}
+        weights = {name: x.cpu().contiguous() for name, x in self.content["weights"].items()}
         names = ("game", "env_id", "actions", "frame_stack", "seed", "patience", "mean_return")
         about = {name: self.content[name] for name in names}
         self.models[path] = {"weights": weights, "steps": self.content["global_step"], **about}
@@ -1716,9 +1699,7 @@ def make_state(
     about |= {"frame_stack": FRAME_STACK, "seed": config.seed}
     generator = torch.Generator(device).manual_seed(config.seed)
     compiler = pick_compiler(config.compile, device)
-    state = TrainState(agent, optimizer, generator, about, compiler(act), compiler(minibatch_loss))
-    state.average = copy.deepcopy(dict(agent.state_dict())) if config.ema_decay else None
-    return state
+    return TrainState(agent, optimizer, generator, about, compiler(act), compiler(minibatch_loss))
 
 
 class Watchdog:
@@ -1856,7 +1837,6 @@ def updates(
             return
         state.update += 1
         state.global_step += config.batch_size
-        average_weights(state, config.ema_decay)
         yield learning_rate, sorted(itertools.chain(*over), key=lambda x: x[0]), losses
 
 

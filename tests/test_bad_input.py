@@ -213,7 +213,6 @@ def strange_files(agent):
         "complex": torch_file(weights | {first: weights[first].to(torch.complex64) * 1j}),
         "scalar": torch_file(weights | {first: torch.tensor(1.0)}),
         "other game": torch_file({"weights": weights, "game": ["a", "list"]}),
-        "no mean": torch_file({"weights": weights, "average": {}}),
     }  # fmt: skip
 
 
@@ -268,7 +267,6 @@ def test_a_checkpoint_of_strange_content_is_refused_although_its_checksum_is_rig
         {"config": content["config"] | {"num_envs": -3}}, {"generator": "x"},
         {"replay": {}}, {"replay": content["replay"] | {"actions": torch.full((9, 1), 77)}},
         {"replay": content["replay"] | {"seeds": "x"}}, {"update": "x"}, {"scores": 5},
-        {"config": content["config"] | {"ema_decay": 0.5}},
     ]  # fmt: skip
     for change in changes:
         script.save_file(content | change, Path("runs/x/checkpoint.pt"))

@@ -424,16 +424,6 @@ def test_the_learning_rate_falls_in_a_line_to_zero_if_it_falls(anneal):
     assert rates == ([1.0, 0.75, 0.5, 0.25] if anneal else [1.0] * 4)
 
 
-@pytest.mark.parametrize(("decay", "mean"), [(0.5, 4.0625), (0.75, 3.125), (1.0, 3)])
-def test_the_mean_of_the_weights_is_a_plain_one_at_first_and_then_forgets(decay, mean):
-    *_, state, _ = small_run(ema_decay=decay)
-    for state.update in (1, 2, 3, 4, 5):
-        torch.nn.init.constant_(state.agent.critic.bias, state.update)
-        script.average_weights(state, decay)
-    assert state.average["critic.bias"].item() == pytest.approx(mean)
-    assert state.agent.critic.bias.item() == 5, "what learns is left alone"
-
-
 def test_a_stop_leaves_the_weights_between_two_steps():
     config, games, state, rollout = small_run()
     before = copy.deepcopy(state.agent.state_dict())
