@@ -356,7 +356,7 @@ class RGBSaveEnv(gym.wrappers.RenderCollection):
     """Keeps every frame in colour, (210, 160, 3) uint8, for the eye, until `render` takes them."""
 
     def __init__(self, env: gym.Env) -> None:
-        super().__init__(env, reset_clean=False)
+        super().__init__(env, reset_clean=False)  # a game's last frames are still to be shown
 
 
 class MaxAndSkipEnv(gym.Wrapper):
@@ -732,8 +732,9 @@ BLOCK = 4  # pixels: the stride of the first convolution
 
 
 def to_blocks(x: Tensor, size: int = BLOCK) -> Tensor:
-    """(M, C, H, W) -> (M, size * size * C, H / size, W / size), channels innermost in memory: each
-    square of pixels becomes one, with as many channels."""
+    """(M, C, H, W) -> (M, size * size * C, H / size, W / size): squares of pixels become channels,
+    which lie innermost in memory.
+    """
     x = x.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1)  # (M, H, W, C)
     x = x.unflatten(2, (-1, size)).unflatten(1, (-1, size))  # (M, H / size, size, W / size, ...)
     return x.transpose(2, 3).flatten(3).permute(0, 3, 1, 2)
@@ -1060,9 +1061,9 @@ def draw_steps(batch: Batch, count: int, keys: Tensor) -> tuple[Tensor, Tensor]:
     (count,). `keys` (B,) are random numbers; all steps come in the order of these.
 
     Fewer are drawn by importance (Kahn and Marshall 1953), some of them several times. What a step
-    changes grows with its advantage, in the policy as in the value, so it is drawn in proportion to
-    chance = 0.8 |A| / mean |A| + 0.2, and its mask is mean chance / chance: the gradient stays, on
-    average and nearly, that of all steps.
+    changes grows with its advantage, in the policy as in the value, so its chance to be drawn is in
+    proportion to 0.8 |A| / mean |A| + 0.2. Its mask is the mean chance over its own: the gradient
+    stays, on average and nearly, that of all steps.
     """
     order = keys.argsort()
     if count == len(keys):
@@ -1900,7 +1901,7 @@ EMULATOR_FPS = 60
 RANDOM_SCORE, HUMAN_SCORE = 1.7, 31.8  # on Breakout: Mnih et al. 2015, extended data table 2
 
 
-def load_player(config: Config, game: Game) -> tuple[nn.Module, Path]:
+def load_player(config: Config, game: Game) -> tuple[Agent, Path]:
     """The agent to play with, on its device, and its file; random has models/random_<game>."""
     device = pick_device(config.device)
     if config.model_filename == "random":  # zeros think all actions equally good
