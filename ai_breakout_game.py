@@ -169,8 +169,6 @@ class Config:
         "starts from --model-filename: above 1, likely buttons become likelier still", 0, 100)
     life_cost: float = knob(0.0, "PPO", "reward taken away where a life or the game ends: "
         "an agent that has little left to win would else not care", 0, 1000)
-    practice: int = knob(0, "PPO", "times that the seconds before each lost ball are played again, "
-        "before the game goes on; through the Python wrappers", 0, 1000)
     clip_coef: float = knob(0.1, "PPO", "how far the policy may move in an update", 0)
     clip_vloss: bool = knob(True, "PPO", "clip how far the value moves as well")
     ent_coef: float = knob(0.003, "PPO", "weight of the entropy bonus, which keeps it curious", 0)
@@ -413,20 +411,17 @@ class EpisodicLifeEnv(gym.Wrapper):
     """A lost life ends the episode for the learner, but not the game.
 
     So the learner sees that a lost ball costs all that would have followed. The next `reset` goes
-    on with the same game, and FIRE serves the next ball. info["idle"] are the steps that the agent
-    decided since the last point or the start of the life, info["new_game"] says which start it was.
+    on with the same game, and FIRE serves the next ball.
     """
 
     def __init__(self, env: gym.Env) -> None:
         super().__init__(env)
-        self.lives, self.game_over, self.idle = 0, True, 0
+        self.lives, self.game_over = 0, True
 
     def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict]:
         obs, reward, terminated, truncated, info = self.env.step(action)
         life_lost = 0 < info["lives"] < self.lives
         self.lives, self.game_over, self.last = info["lives"], terminated or truncated, (obs, info)
-        self.idle = 0 if reward or life_lost or self.game_over else self.idle + 1
-        info |= {"idle": self.idle, "new_game": False}
         return obs, reward, terminated or life_lost, truncated, info
 
     def reset(self, **kwargs: Any) -> tuple[np.ndarray, dict]:
@@ -439,65 +434,7 @@ class EpisodicLifeEnv(gym.Wrapper):
         if new_game:
             obs, info = self.env.reset(**kwargs)
             self.lives, self.game_over, self.last = info["lives"], False, (obs, served | info)
-        self.idle = 0
-        self.last[1].update(idle=0, new_game=new_game)
         return self.last
-
-
-class PracticeEnv(gym.Wrapper):
-    """Practises what went wrong: the seconds before a lost ball are played again, `tries` times.
-
-    A try begins 17 to 72 steps before the loss, ends with the ball or after 128 steps, and counts
-    for no score. Then the game goes on from the loss as if it had never gone back: all that is
-    reported of it is true. A good agent loses few balls; so it sees more of what it cannot do yet.
-    (Beginning at chosen moments: Salimans and Chen 2018, arXiv:1812.03381, who had one game's.)
-    """
-
-    EVERY, MOMENTS, TOO_LATE = 4, 18, 4  # steps from a moment to the next; how many are kept; and
-    # how many of them are too near to the loss to save the ball
-    LONGEST = 128  # steps of a try
-
-    def __init__(self, env: EpisodicLifeEnv, tries: int) -> None:
-        super().__init__(env)
-        self.layers: list[gym.Wrapper] = [env]
-        while isinstance(self.layers[-1].env, gym.Wrapper):
-            self.layers.append(self.layers[-1].env)
-        self.tries, self.left, self.trying, self.age = tries, 0, False, 0
-        self.past: deque[tuple] = deque(maxlen=self.MOMENTS)  # of this ball, before it was lost
-        self.present: tuple | None = None  # where the game itself stands, once it was
-
-    def moment(self) -> tuple[list[dict], Any]:
-        """What the wrappers below know, none of it changed in place, and the emulator: 36 kB."""
-        return [dict(vars(layer)) for layer in self.layers], self.unwrapped.clone_state()
-
-    def go_to(self, moment: tuple[list[dict], Any]) -> None:
-        for layer, known in zip(self.layers, moment[0]):
-            vars(layer).update(known)
-        self.unwrapped.restore_state(moment[1])
-
-    def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict]:
-        if not self.trying and self.age % self.EVERY == 0:
-            self.past.append(self.moment())
-        self.age += 1
-        obs, reward, terminated, truncated, info = self.env.step(action)
-        if self.trying:
-            info.pop("episode", None)
-            truncated = truncated or self.age == self.LONGEST
-        elif terminated and len(self.past) > self.TOO_LATE:
-            self.left, self.present = self.tries, self.moment()
-        return obs, reward, terminated, truncated, info
-
-    def reset(self, **kwargs: Any) -> tuple[np.ndarray, dict]:
-        self.age, self.trying = 0, self.left > 0 and kwargs.get("seed") is None
-        if self.trying:
-            self.left -= 1
-            self.go_to(self.past[self.np_random.integers(len(self.past) - self.TOO_LATE)])
-            return self.env.last
-        if self.present:
-            self.go_to(self.present)
-        self.left, self.present = 0, None
-        self.past.clear()
-        return self.env.reset(**kwargs)
 
 
 class ClipRewardEnv(gym.RewardWrapper):
@@ -507,9 +444,7 @@ class ClipRewardEnv(gym.RewardWrapper):
         return float(np.sign(reward))
 
 
-def make_env(
-    game: Game, noop_max: int = NOOP_MAX, keep_rgb: bool = False, tries: int = 0
-) -> gym.Env:
+def make_env(game: Game, noop_max: int = NOOP_MAX, keep_rgb: bool = False) -> gym.Env:
     """One game behind the whole wrapper stack: what the native environment does, made readable.
 
     The grey picture is the emulator's own, its palette's luminance, so that both ways of stepping
@@ -528,8 +463,6 @@ def make_env(
     env = gym.wrappers.RecordEpisodeStatistics(env)
     env = FrameStack(WarpFrame(env))
     env = EpisodicLifeEnv(env)
-    if tries:
-        env = PracticeEnv(env, tries)
     return ClipRewardEnv(env)
 
 
@@ -570,7 +503,7 @@ class VectorGames:
 
     def __init__(self, game: Game, num_envs: int) -> None:
         self.num_envs, self.action_names = num_envs, action_names(game.rom)
-        self.lives = np.zeros(num_envs, int)
+        self.lives, self.frame_numbers = np.zeros((2, num_envs), int)
         self.ended = np.zeros(num_envs, bool)  # the last step ended an episode
         self.idle = np.zeros(num_envs, int)  # decisions since the last point or lost life
         self.pulse = 0  # odd while the emulator's threads are waited for: see Watchdog
@@ -602,7 +535,6 @@ class NativeGames(VectorGames):
 
         self.scores, self.lengths = np.zeros(num_envs), np.zeros(num_envs, int)
         self.over = np.zeros(num_envs, bool)  # the last step ended the game
-        self.frame_numbers = np.zeros(num_envs, int)  # emulator frames since each game began
 
     def start(self, slots: np.ndarray, seeds: np.ndarray) -> np.ndarray:
         """Start the games of `slots`, (N,) bool, anew from their `seeds`, (N,) int.
@@ -655,8 +587,10 @@ class NativeGames(VectorGames):
 class WrappedGames(VectorGames):
     """N games one after the other through the Python wrappers: slower, and open to be changed."""
 
-    def __init__(self, game: Game, num_envs: int, **settings: Any) -> None:
-        make = functools.partial(make_env, game, **settings)
+    def __init__(
+        self, game: Game, num_envs: int, noop_max: int = NOOP_MAX, keep_rgb: bool = False
+    ) -> None:
+        make = functools.partial(make_env, game, noop_max, keep_rgb)
         mode = gym.vector.AutoresetMode.NEXT_STEP
         self.env = gym.vector.SyncVectorEnv([make] * num_envs, autoreset_mode=mode)
         super().__init__(game, num_envs)
@@ -666,6 +600,7 @@ class WrappedGames(VectorGames):
         seeds = [int(seed) if slot else None for slot, seed in zip(slots, seeds)]
         frames, info = self.env.reset(seed=seeds, options={"reset_mask": slots})
         self.lives = np.where(slots, info["lives"], self.lives)
+        self.frame_numbers = np.where(slots, info["episode_frame_number"], self.frame_numbers)
         self.ended, self.idle = self.ended & ~slots, self.idle * ~slots
         return frames
 
@@ -677,8 +612,10 @@ class WrappedGames(VectorGames):
     def step(self, actions: np.ndarray) -> StepResult:
         """Take `actions`, (N,) int64."""
         frames, rewards, terminated, truncated, info = self.env.step(actions)
-        decided, self.ended = ~self.ended, terminated | truncated
-        self.lives, self.idle, restarted = info["lives"], info["idle"], info["new_game"]
+        decided, self.ended, self.lives = ~self.ended, terminated | truncated, info["lives"]
+        restarted = info["episode_frame_number"] < self.frame_numbers
+        self.frame_numbers = info["episode_frame_number"]
+        self.idle = np.where((rewards != 0) | self.ended | restarted, 0, self.idle + decided)
         finished = [
             FinishedGame(int(i), float(info["episode"]["r"][i]), int(info["episode"]["l"][i]))
             for i in np.flatnonzero(info.get("_episode", []))
@@ -689,16 +626,9 @@ class WrappedGames(VectorGames):
         )  # fmt: skip
 
 
-def make_vector_env(
-    game: Game, num_envs: int, multithreading: bool, tries: int = 0
-) -> NativeGames | WrappedGames:
-    """N games behind one interface: VectorGames, and the true `scores` so far, (N,) float64.
-
-    With `tries`, which only the wrappers know, they practise: see PracticeEnv.
-    """
-    if tries or not multithreading:
-        return WrappedGames(game, num_envs, tries=tries)
-    return NativeGames(game, num_envs)
+def make_vector_env(game: Game, num_envs: int, multithreading: bool) -> NativeGames | WrappedGames:
+    """N games behind one interface: VectorGames, and the true `scores` so far, (N,) float64."""
+    return (NativeGames if multithreading else WrappedGames)(game, num_envs)
 
 
 class ReplayableGames:
@@ -1849,12 +1779,11 @@ def set_up(config: Config, run: Run | None) -> tuple[TrainState, ReplayableGames
             f"{place().size} processes and then over --num-minibatches={config.num_minibatches}"
         )
     longest = config.replay_steps + config.max_frames // FRAME_SKIP  # from one seed to the next
-    longest *= 1 + config.practice  # where balls are further apart than a try is long
     room = LARGEST_FILE * 4 // 5  # a checkpoint has a byte for each step of each game
     if config.num_envs * longest > room:
         raise UserError(
-            f"--num-envs x (--replay-steps + --max-frames / {FRAME_SKIP}) x (1 + --practice) must "
-            f"be {room:,} or less, else a checkpoint grows too large to be read"
+            f"--num-envs x (--replay-steps + --max-frames / {FRAME_SKIP}) must be {room:,} or "
+            "less, else a checkpoint grows too large to be read"
         )
     for name in ("runs", "models"):
         check_writable(Path(name))
@@ -1864,7 +1793,7 @@ def set_up(config: Config, run: Run | None) -> tuple[TrainState, ReplayableGames
     except RuntimeError:
         gigabytes = config.batch_size * FRAME_STACK * FRAME_SIZE**2 / 1e9
         raise UserError(f"a batch of {gigabytes:,.0f} GB has no room in memory") from None
-    games = make_vector_env(game, num_envs, config.multithreading, config.practice)
+    games = make_vector_env(game, num_envs, config.multithreading)
     games = ReplayableGames(games, config.replay_steps)
     if run:
         frames = bring_back(state, games, run)

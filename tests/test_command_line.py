@@ -82,7 +82,6 @@ def test_the_defaults_are_the_configs():
         (["--evaluate=-1"], "--evaluate must be"),
         (["--evaluate=0"], "--evaluate=0 plays no game: leave it out to train"),
         (["--num-envs=1024", "--max-frames=1000000"], "a checkpoint grows too large to be read"),
-        (["--practice=1000"], "a checkpoint grows too large to be read"),
         (["--replay-steps=1000000000"], "a checkpoint grows too large to be read"),
         (["--evaluate=2", "--model-filename=nowhere.mdl"], "no model nowhere.mdl"),
         (["--model-filename=random"], "cannot be trained"),

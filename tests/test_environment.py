@@ -191,67 +191,6 @@ def test_the_true_score_of_a_whole_game_is_reported_over_all_its_lives():
     assert info["episode"]["r"] >= rewards > 0
 
 
-def practise_a_ball(tries):
-    """An env whose first ball was lost by random buttons: with these, and what was seen at each."""
-    env, rng = script.make_env(BREAKOUT, noop_max=0, tries=tries), np.random.default_rng(0)
-    frames, buttons, terminated = [env.reset(seed=7)[0]], [], False
-    while not terminated:
-        buttons.append(rng.integers(4))
-        obs, _, terminated, *_ = env.step(buttons[-1])
-        frames.append(obs)
-    return env, buttons, frames
-
-
-def test_a_try_begins_where_the_ball_could_still_be_saved_and_is_the_same_game():
-    env, buttons, frames = practise_a_ball(tries=3)
-    for _ in range(3):
-        obs, info = env.reset()
-        assert info["lives"] == 5
-        (start,) = (t for t, seen in enumerate(frames) if np.array_equal(obs, seen))
-        assert 17 <= len(buttons) - start <= 72
-        for button, expected in zip(buttons[start:], frames[start + 1 :]):
-            obs, _, terminated, truncated, info = env.step(button)
-            assert np.array_equal(obs, expected)
-        assert terminated and not truncated and info["lives"] == 4
-    assert env.reset()[1]["lives"] == 4, "then the game goes on"
-
-
-def test_a_try_that_goes_well_ends_all_the_same(monkeypatch):
-    monkeypatch.setattr(script.PracticeEnv, "LONGEST", 10)
-    env, buttons, _ = practise_a_ball(tries=1)
-    env.reset()
-    ends = [env.step(button)[2:4] for button in buttons[:10]]
-    assert ends == [(False, False)] * 9 + [(False, True)]
-    assert env.reset()[1]["lives"] == 4
-
-
-def is_trying(games):
-    """Whether the next step of the one game there is will be part of a try."""
-    env = games.env.envs[0]
-    while not isinstance(env, script.PracticeEnv):
-        env = env.env
-    return env.left > 0 if games.ended[0] else env.trying
-
-
-def test_practice_changes_nothing_of_the_game_itself():
-    plain, practising = (script.WrappedGames(BREAKOUT, 1, tries=tries) for tries in (0, 3))
-    plain.reset(7), practising.reset(7)
-    rng, buttons, steps = np.random.default_rng(0), np.random.default_rng(1), 0
-    finished = []
-    while not finished:
-        if is_trying(practising):
-            steps += 1
-            assert practising.step(buttons.integers(4, size=1)).finished == []
-            continue
-        actions = rng.integers(4, size=1)
-        result, expected = practising.step(actions), plain.step(actions)
-        for got, wanted in zip(result, expected):
-            assert np.array_equal(got, wanted)
-        assert practising.idle == plain.idle
-        finished = expected.finished
-    assert steps > 15 * 17, "five balls were lost"
-
-
 def decisions(games, steps, seed):
     """All that the agent saw, did and got, a list for each game, with the games that ended."""
     rng = [np.random.default_rng(i) for i in range(2)]
@@ -286,21 +225,15 @@ def test_both_ways_of_stepping_are_the_same_game_bit_for_bit(rom):
         assert ended > len(native_over[i]) or rom == "freeway", "lives were lost"
 
 
-def frame_number(games):
-    if isinstance(games, script.NativeGames):
-        return games.frame_numbers[0]
-    return games.env.envs[0].unwrapped.ale.getEpisodeFrameNumber()
-
-
 @pytest.mark.parametrize("kind", [script.NativeGames, script.WrappedGames])
 def test_both_ways_have_the_frames_that_the_file_asks_for(monkeypatch, kind):
     for name, value in (("FRAME_SKIP", 2), ("FRAME_STACK", 3), ("FRAME_SIZE", 42)):
         monkeypatch.setattr(script, name, value)
     games = kind(script.Game("breakout"), 1, noop_max=0)
     assert games.reset(1).shape == (1, 3, 42, 42)
-    before = frame_number(games)
+    before = games.frame_numbers.copy()
     games.step(np.zeros(1, int))
-    assert frame_number(games) - before == 2
+    assert games.frame_numbers - before == 2
 
 
 @pytest.mark.parametrize("kind", [script.NativeGames, script.WrappedGames])

@@ -295,11 +295,7 @@ def test_two_processes_cannot_train_one_run(tmp_path):
 # ------------------------------------------------------------------------------------------- games
 
 
-def practising_games(game, num_envs):
-    return script.WrappedGames(game, num_envs, tries=2)
-
-
-@pytest.mark.parametrize("kind", [script.NativeGames, script.WrappedGames, practising_games])
+@pytest.mark.parametrize("kind", [script.NativeGames, script.WrappedGames])
 @pytest.mark.parametrize(
     "rom", ["breakout", *(pytest.param(x, marks=pytest.mark.slow) for x in ("freeway", "seaquest"))]
 )
@@ -308,17 +304,15 @@ def test_games_are_brought_back_to_the_pixel_at_any_step(kind, rom):
     game, rng = script.Game(rom, sticky=0.25, max_frames=1000), np.random.default_rng(1)
     games = script.ReplayableGames(kind(game, 3), replay_steps=120)
     games.reset(5)
-    for step in range(1000):
+    for step in range(320):
         result = games.step(rng.integers(0, len(games.games.action_names), 3))
         if step in (40, 200, 319) or (games.ages == 0).any():
             again = script.ReplayableGames(kind(game, 3), replay_steps=120)
             frames = again.load_state_dict(games.state_dict())
             assert np.array_equal(frames, result.frames)
-            for name in ("lives", "ended", "idle", "scores"):
+            for name in ("lives", "ended", "frame_numbers", "scores"):
                 assert np.array_equal(getattr(again.games, name), getattr(games.games, name))
             games = again if step == 200 else games
-        if step >= 319 and (games.seeds > 7).all():
-            break
     assert (games.seeds > 7).all()
 
 
