@@ -518,10 +518,19 @@ def test_the_policy_in_16_bits_is_the_policy_in_32(played):
     torch.testing.assert_close(rounded[1], exact[1], rtol=0.02, atol=0.02)
 
 
-@pytest.mark.parametrize("native", [True, False])
-def test_auto_takes_16_bits_only_where_the_processor_multiplies_them(native, monkeypatch):
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": native})
-    wanted = torch.bfloat16 if native else torch.float32
+@pytest.mark.parametrize(
+    ("processor", "wanted"),
+    [
+        ({"cpu_name": "AMD EPYC", "avx512_bf16": True}, torch.bfloat16),
+        ({"cpu_name": "Intel Xeon", "avx512_bf16": True, "amx_bf16": True}, torch.bfloat16),
+        ({"cpu_name": "Intel Xeon", "avx512_bf16": True, "amx_bf16": False}, torch.float32),
+        ({"cpu_name": "AMD EPYC", "avx512_bf16": False}, torch.float32),
+    ],
+)
+def test_auto_takes_16_bits_only_where_the_processor_multiplies_them_fast(
+    processor, wanted, monkeypatch
+):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: processor)
     assert script.pick_precision("auto", CPU) == wanted
     assert script.pick_precision("float32", CPU) == torch.float32
     with pytest.raises(script.UserError, match="--precision=half is neither"):
