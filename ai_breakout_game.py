@@ -1331,12 +1331,17 @@ def say(text: str) -> None:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
 
+def counted(number: int, noun: str) -> str:
+    """1 game, 2 games."""
+    return f"{number:,} {noun}" + "s" * (number != 1)
+
+
 class Progress:
     """A bar on a terminal; in a file or a pipe a plain line at first, then twice a minute."""
 
     def __init__(self, total: int | None, unit: str, initial: int = 0) -> None:
         self.bar = tqdm(
-            total=total, initial=initial, unit=f" {unit}", unit_scale=True, dynamic_ncols=True,
+            total=total, initial=initial, unit=f" {unit}s", unit_scale=True, dynamic_ncols=True,
             disable=not sys.stderr.isatty(),
         )  # fmt: skip
         self.total, self.unit, self.initial, self.done = total, unit, initial, initial
@@ -1360,7 +1365,7 @@ class Progress:
             self.bar.update(units)
         if self.bar.disable and self.seconds >= self.next_line:
             self.next_line = self.seconds + 30
-            line = f"{self.done:,} {self.unit}, {self.speed:,.4g} a second"
+            line = f"{counted(self.done, self.unit)}, {self.speed:,.4g} a second"
             if self.total:
                 line += f", {timedelta(seconds=round((self.total - self.done) / self.speed))} left"
             say(f"{line}; {text}")
@@ -1388,7 +1393,7 @@ class Logger:
         self.pending: list[tuple[str, float, int, float]] = list(pending)
         first = min((step for _, _, step, _ in self.pending), default=state.global_step + 1)
         self.due, self.next_step = 0.0, first
-        self.progress = Progress(config.num_updates * config.batch_size, "steps", state.global_step)
+        self.progress = Progress(config.num_updates * config.batch_size, "step", state.global_step)
 
     def open_writer(self) -> Any:
         """A new file of events; what older files have from its first step on is to be ignored."""
@@ -1450,7 +1455,7 @@ class Logger:
 
     def log_update(self, state: TrainState, learning_rate: float, losses: dict[str, float]) -> None:
         """What an update brought that has just ended."""
-        text = f"mean score {state.mean_return:.2f} in {state.games:,} games"
+        text = f"mean score {state.mean_return:.2f} in {counted(state.games, 'game')}"
         steps = state.global_step - self.progress.done
         self.progress.advance(steps, text if state.games else "no game is over yet")
         metrics = {f"losses/{name}": value for name, value in losses.items()}
@@ -1742,7 +1747,7 @@ def print_summary(
 ) -> None:
     """What was learnt, how fast, where it lies, and which commands show it and go on."""
     verb = "Trained" if content["update"] == config.num_updates else "Stopped after"
-    text = f"\n{verb} {content['global_step']:,} steps, {content['games']:,} games, in "
+    text = f"\n{verb} {content['global_step']:,} steps, {counted(content['games'], 'game')}, in "
     text += f"{timedelta(seconds=round(progress.seconds))}: {progress.speed:,.0f} steps/s"
     if run.saved:
         text += f", resumed at {run.saved['global_step']:,}"
@@ -1750,7 +1755,7 @@ def print_summary(
     if content["scores"]:
         best = content["best_return"]
         best = f", at best {best:.2f}" if math.isfinite(best) else ""
-        text += f"\nmean score of the last {len(content['scores'])} games "
+        text += f"\nmean score of the last {counted(len(content['scores']), 'game')} "
         text += f"{content['mean_return']:.2f}{best}"
     script, folder = f"python3 {shlex.quote(sys.argv[0])}", shlex.quote(str(run.folder))
     text += f"\n  curves   tensorboard --logdir {shlex.quote(str(run.folder.parent))}"
@@ -1953,7 +1958,7 @@ def print_scores(scores: np.ndarray, interval: float | None, rom: str) -> None:
     """Mean, spread and histogram of `scores`, (games,) float; an average alone hides two humps."""
     mean = f"mean {scores.mean():.2f}" + (f" +- {interval:.2f} (95 %)" if interval else "")
     span = f"from {scores.min():g} to {scores.max():g}"
-    print(f"\n{len(scores)} games: {mean}, median {np.median(scores):g}, {span}")
+    print(f"\n{counted(len(scores), 'game')}: {mean}, median {np.median(scores):g}, {span}")
     width = max(1, math.ceil((np.ptp(scores) + 1) / 12))
     edges = np.arange(scores.min(), scores.max() + width + 1, width)
     counts, _ = np.histogram(scores, edges)
@@ -1983,7 +1988,7 @@ def evaluate(config: Config) -> Path:
 
     shares = [len(range(slot, config.evaluate, slots)) for slot in range(slots)]
     played: list[FinishedGame] = []
-    progress = Progress(config.evaluate, "games")
+    progress = Progress(config.evaluate, "game")
     with Watchdog(games):
         for moment in run_episodes(agent, games, config, config.seed):
             for over in moment.result.finished:
@@ -2214,7 +2219,7 @@ def record(config: Config) -> None:
     view = View(games.action_names, 2 if recorder.is_gif else 3, config.panel)
     frames = round(config.seconds * EMULATOR_FPS) if config.seconds else None
     skip = round(config.skip * EMULATOR_FPS)
-    progress = Progress(skip + frames if frames else None, "frames")
+    progress = Progress(skip + frames if frames else None, "frame")
     try:
         for shots in watch(agent, games, config, config.seed, view):
             shots = shots[: skip + frames - progress.done] if frames else shots
@@ -2399,7 +2404,7 @@ def play(config: Config) -> None:
             print(player.recorder.close())
         cv2.destroyAllWindows()
     if view.games:
-        print(f"{view.games} games, mean score {view.total / view.games:.2f}")
+        print(f"{counted(view.games, 'game')}, mean score {view.total / view.games:.2f}")
 
 
 # --------------------------------------------------------------------------------------------------

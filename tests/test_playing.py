@@ -417,7 +417,7 @@ def test_evaluation_into_a_pipe_shows_progress_in_plain_lines(tmp_path):
     args = ("--evaluate=3", "--model-filename=random", "--max-frames=400")
     done = run_script(*args, cwd=tmp_path)
     assert done.returncode == 0 and done.stderr == ""
-    assert "1 games, " in done.stdout and " left; mean " in done.stdout
+    assert "1 game, " in done.stdout and " left; mean " in done.stdout
 
 
 def test_one_game_alone_has_no_interval_and_the_report_is_json_for_everybody(capsys):
