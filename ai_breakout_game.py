@@ -987,7 +987,8 @@ def collect_rollout(
             seen = (state.agent, r.frames[t], r.temperatures[t], noise[t])
             r.actions[t], r.log_probs[t], r.values[t] = state.act(*seen)
             result = games.step(r.actions[t].cpu().numpy())  # waits for what the network computes
-            r.frames[t + 1] = to_blocks(torch.from_numpy(result.frames).to(r.frames.device))
+            new = torch.from_numpy(result.frames).to(r.frames.device)  # a GPU cuts them faster
+            r.frames[t + 1] = to_blocks(new)
             results.append(result._replace(frames=None))
             finished += [(t + 1, game) for game in result.finished]
         r.values[-1] = state.act(state.agent, r.frames[-1], r.temperatures[-1], noise[-1])[2]
