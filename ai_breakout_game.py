@@ -14,13 +14,14 @@
     python3 ai_breakout_game.py --evaluate=100 --model-filename="ai_breakout_game3000.mdl"
     tensorboard --logdir runs
 
-Two cores take 700 steps a second. 54.3 million gave the agent that ships, which scores 677.8 +-
-38.3 (mean of 100 games; a human 31.8, random buttons 1.7).
+Two cores take 700 steps a second with the default flags. The agent that ships took 54.3 million, in
+thirteen parts with other flags (models/README.md), and scores 677.8 +- 38.3 (mean of 100 games; a
+human 31.8, random buttons 1.7).
 
 The file reads once, from top to bottom: configuration, several processes, the game and its
 wrappers, the network, PPO, logs, training, playing, the command line. Functions and classes use
-only what stands above them. For PPO alone read `Agent`, `Rollout`, `collect_rollout`,
-`compute_gae`, `ppo_loss`, `update` and `updates`: 220 lines.
+only what stands above them. For PPO alone read `Agent`, `act`, `Rollout`, `collect_rollout`,
+`compute_gae`, `Batch`, `ppo_loss`, `learn_minibatch`, `update` and `updates`: 240 lines.
 
 Shapes, named the same everywhere: T steps of a rollout, N environments, B = T * N, M samples of a
 minibatch, A actions. Frames are uint8 until the network, actions int64, flags bool.
@@ -146,10 +147,10 @@ class Config:
         "auto, which takes bfloat16 where the device multiplies it fast")
     compile: bool | None = knob(None, "training", "compile the network and the loss into fewer, "
         "larger pieces, which takes a minute at first (default: on an NVIDIA GPU)")
-    multithreading: bool = knob(True, "training", "step the games on native threads; no: the same "
-        "games one after the other through the Python wrappers, to measure as to train")
+    multithreading: bool = knob(True, "training", "yes: ale-py's own threads step the games; no: "
+        "the Python wrappers do, one game after the other; holds for --evaluate as well")
     resume: str = knob("", "training", "go on with a run, exactly where its last checkpoint left "
-        "it: runs/<name>, or latest; of what shapes a run only --total-timesteps may be raised")
+        "it: runs/<name>, or latest; what shapes a run stays, but --total-timesteps may be raised")
     checkpoint_minutes: float = knob(5.0, "training", "minutes between two checkpoints; 0: one "
         "after every update", 0)
     replay_steps: int = knob(8192, "training", "steps after which a game's next start is seeded "
@@ -195,8 +196,8 @@ class Config:
             raise UserError(f"--precision={self.precision} is neither auto, float32 nor bfloat16")
         if self.record and Path(self.record).suffix.lower() not in (".gif", ".mp4"):
             raise UserError(f"--record={self.record} must end in .gif or .mp4")
-        if self.record and self.evaluate:
-            raise UserError("--record and --evaluate are two things: ask for one")
+        if self.run + bool(self.evaluate) + bool(self.record) > 1:
+            raise UserError("of --run, --evaluate and --record ask for one")
 
     @property
     def batch_size(self) -> int:
@@ -214,10 +215,11 @@ class Config:
 # --------------------------------------------------------------------------------------------------
 
 
-# Every process plays its part of the games and learns from its part of each minibatch. What a sum
-# over the minibatch is needed for, `total` sums over all of them: the gradient, the steps that
-# count, the mean and the spread of the advantages. So all have the same weights at any time; the
-# first alone logs and saves. One process by itself is a part that is the whole.
+# Usually there is one process; then `sum_processes`, `gather` and `broadcast` give back what they
+# get, and this section can be skipped. Of several, each plays a part of the games and learns from a
+# part of each minibatch. Wherever PPO sums over a minibatch (the gradient, the steps that count,
+# the mean and the spread of the advantages) `sum_processes` sums over all of them, so all have the
+# same weights at any time. The first alone logs and saves.
 
 
 class Place(NamedTuple):
@@ -234,7 +236,7 @@ def place() -> Place:
     return Place(0, 1)
 
 
-def total(x: Tensor) -> Tensor:
+def sum_processes(x: Tensor) -> Tensor:
     """The sum of `x` over all processes, in each of them."""
     if place().size > 1:
         x = x.clone()
@@ -259,29 +261,6 @@ def broadcast(item: Any) -> Any:
     return items[0]
 
 
-@contextlib.contextmanager
-def all_processes() -> Iterator[None]:
-    """Join the processes that torchrun started, if it did. Raises RunError once one of them died:
-    the others notice it at the next sum.
-    """
-    if not (dist.is_available() and dist.is_torchelastic_launched()):
-        yield
-        return
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
-    # NCCL refuses two processes on one GPU, and Windows has none; gloo is slower, but can.
-    nccl = dist.is_nccl_available()
-    nccl &= torch.cuda.device_count() >= int(os.environ["LOCAL_WORLD_SIZE"])
-    dist.init_process_group("cpu:gloo,cuda:nccl" if nccl else "gloo")
-    try:
-        yield
-    except RuntimeError as error:
-        text = f"one of the processes cannot go on, so all end ({str(error)[:120]} ...)"
-        raise RunError(text) from None
-    finally:
-        dist.destroy_process_group()
-
-
 # --------------------------------------------------------------------------------------------------
 # Environment: from the emulator's screen to what the network sees
 # --------------------------------------------------------------------------------------------------
@@ -289,8 +268,8 @@ def all_processes() -> Iterator[None]:
 # As in Mnih et al., "Human-level control through deep reinforcement learning", 2015.
 FRAME_SKIP = 4  # emulator frames that an action is held for
 FRAME_STACK = 4  # frames the network sees at once: one alone does not show where the ball flies
-FRAME_SIZE = 84  # pixels, both ways
-NOOP_MAX = 30  # so many frames, or fewer, pass by themselves when a game starts
+FRAME_SIZE = 84  # pixels, both ways; `Agent` and the panel are made for these two
+NOOP_MAX = 30  # fewer frames than this pass by themselves when a game starts
 
 
 @functools.cache
@@ -307,6 +286,7 @@ class Game(NamedTuple):
     rom: str
     sticky: float = 0.0  # chance that the emulator repeats the last action
     max_frames: int = 108_000  # 30 minutes
+    noop_max: int = NOOP_MAX  # 0: all games start alike
 
 
 def find_game(config: Config) -> Game:
@@ -339,7 +319,7 @@ class FireResetEnv(gym.Wrapper):
 class NoopResetEnv(gym.Wrapper):
     """A random number of frames passes before the agent may act, so that no two games are alike."""
 
-    def __init__(self, env: gym.Env, noop_max: int = NOOP_MAX) -> None:
+    def __init__(self, env: gym.Env, noop_max: int) -> None:
         super().__init__(env)
         self.noop_max = noop_max
 
@@ -430,7 +410,7 @@ class EpisodicLifeEnv(gym.Wrapper):
         actions = self.unwrapped.get_action_meanings()
         if not new_game and "FIRE" in actions:
             *_, served = self.step(actions.index("FIRE"))
-            new_game = self.game_over  # rare: lost while it was served; `served` has the score
+            new_game = self.game_over  # rare: the last ball was lost at once; keep the game's score
         if new_game:
             obs, info = self.env.reset(**kwargs)
             self.lives, self.game_over, self.last = info["lives"], False, (obs, served | info)
@@ -444,7 +424,7 @@ class ClipRewardEnv(gym.RewardWrapper):
         return float(np.sign(reward))
 
 
-def make_env(game: Game, noop_max: int = NOOP_MAX, keep_rgb: bool = False) -> gym.Env:
+def make_env(game: Game, keep_rgb: bool = False) -> gym.Env:
     """One game behind the whole wrapper stack: what the native environment does, made readable.
 
     The grey picture is the emulator's own, its palette's luminance, so that both ways of stepping
@@ -457,7 +437,7 @@ def make_env(game: Game, noop_max: int = NOOP_MAX, keep_rgb: bool = False) -> gy
     )  # fmt: skip
     if keep_rgb:
         env = RGBSaveEnv(env)
-    env = NoopResetEnv(FireResetEnv(env), noop_max)
+    env = NoopResetEnv(FireResetEnv(env), game.noop_max)
     env = MaxAndSkipEnv(env)
     env = gym.wrappers.TimeLimit(env, math.ceil(game.max_frames / FRAME_SKIP))
     env = gym.wrappers.RecordEpisodeStatistics(env)
@@ -499,14 +479,14 @@ class StepResult(NamedTuple):
 
 
 class VectorGames:
-    """What both ways of stepping N games have: `reset`, `start`, `step`, and what they count."""
+    """What both ways of stepping N games share; they add `start`, `step` and the true `scores`."""
 
     def __init__(self, game: Game, num_envs: int) -> None:
         self.num_envs, self.action_names = num_envs, action_names(game.rom)
         self.lives, self.frame_numbers = np.zeros((2, num_envs), int)
         self.ended = np.zeros(num_envs, bool)  # the last step ended an episode
         self.idle = np.zeros(num_envs, int)  # decisions since the last point or lost life
-        self.pulse = 0  # odd while the emulator's threads are waited for: see Watchdog
+        self.pulse = 0  # odd while the emulator's threads are waited for, which may be for ever
 
     def reset(self, seed: int) -> np.ndarray:
         """Start all games anew, game i from seed + i. Returns frames, (N, 4, 84, 84) uint8."""
@@ -516,20 +496,14 @@ class VectorGames:
 class NativeGames(VectorGames):
     """N games on ale-py's own threads: the wrapper stack in C++."""
 
-    def __init__(self, game: Game, num_envs: int, noop_max: int = NOOP_MAX) -> None:
+    def __init__(self, game: Game, num_envs: int) -> None:
         self.env = AtariVectorEnv(
-            game.rom,
-            num_envs,
-            repeat_action_probability=game.sticky,
-            max_num_frames_per_episode=game.max_frames,
-            frameskip=FRAME_SKIP,
-            stack_num=FRAME_STACK,
-            img_height=FRAME_SIZE,
-            img_width=FRAME_SIZE,
-            noop_max=noop_max,
+            game.rom, num_envs, repeat_action_probability=game.sticky, noop_max=game.noop_max,
+            max_num_frames_per_episode=game.max_frames, frameskip=FRAME_SKIP,
+            stack_num=FRAME_STACK, img_height=FRAME_SIZE, img_width=FRAME_SIZE,
             life_loss_info=True,  # not episodic_life, which builds a whole new wall at every life
             reward_clipping=False,  # clipped here, after the true score is counted
-        )
+        )  # fmt: skip
         super().__init__(game, num_envs)
         self.fire = self.action_names.index("FIRE") if "FIRE" in self.action_names else None
 
@@ -587,10 +561,8 @@ class NativeGames(VectorGames):
 class WrappedGames(VectorGames):
     """N games one after the other through the Python wrappers: slower, and open to be changed."""
 
-    def __init__(
-        self, game: Game, num_envs: int, noop_max: int = NOOP_MAX, keep_rgb: bool = False
-    ) -> None:
-        make = functools.partial(make_env, game, noop_max, keep_rgb)
+    def __init__(self, game: Game, num_envs: int, keep_rgb: bool = False) -> None:
+        make = functools.partial(make_env, game, keep_rgb)
         mode = gym.vector.AutoresetMode.NEXT_STEP
         self.env = gym.vector.SyncVectorEnv([make] * num_envs, autoreset_mode=mode)
         super().__init__(game, num_envs)
@@ -639,6 +611,8 @@ class ReplayableGames:
     `replay_steps` begins from a new seed. No game is cut off for that, and no score lost.
     """
 
+    SAVED = ("seeds", "ages", "actions")
+
     def __init__(self, games: NativeGames | WrappedGames, replay_steps: int) -> None:
         self.games, self.replay_steps = games, replay_steps
         self.first = place().rank * games.num_envs  # number of the first game, of all processes'
@@ -679,8 +653,8 @@ class ReplayableGames:
         parts = gather((self.seeds, self.ages, actions))
         oldest = max((len(actions) for *_, actions in parts), default=0)
         parts = [(*x, np.pad(y, ((oldest - len(y), 0), (0, 0)))) for *x, y in parts]
-        names = ("seeds", "ages", "actions")
-        return {name: torch.from_numpy(np.hstack(one)) for name, one in zip(names, zip(*parts))}
+        pairs = zip(self.SAVED, zip(*parts))
+        return {name: torch.from_numpy(np.hstack(one)) for name, one in pairs}
 
     def load_state_dict(self, saved: dict[str, Tensor]) -> np.ndarray:
         """Play again what `saved` has of our games. Returns frames, (N, 4, 84, 84) uint8.
@@ -688,8 +662,8 @@ class ReplayableGames:
         A game whose seed is younger than the oldest starts once only its own steps are left.
         """
         ours = slice(self.first, self.first + self.games.num_envs)
-        names = ("seeds", "ages", "actions")
-        self.seeds, self.ages, actions = (saved[name].numpy()[..., ours].copy() for name in names)
+        ours = [saved[name].numpy()[..., ours].copy() for name in self.SAVED]
+        self.seeds, self.ages, actions = ours
         self.actions = deque(actions[len(actions) - self.ages.max() :])
         frames = self.games.start(np.ones_like(self.ages, bool), self.seeds)
         for left, step in zip(reversed(range(len(self.actions))), self.actions):
@@ -861,20 +835,17 @@ class Rollout(NamedTuple):
 
 def make_rollout(num_steps: int, num_envs: int, device: torch.device) -> Rollout:
     """Storage for T steps of N games: 28 kB a step, nearly all of it frames."""
-    size = (num_steps, num_envs)
-    side = FRAME_SIZE // BLOCK
+    zeros = functools.partial(torch.zeros, device=device)
+    size, side = (num_steps, num_envs), FRAME_SIZE // BLOCK
     shape = (num_steps + 1, num_envs, side, side, FRAME_STACK * BLOCK**2)
+    floats = {name: zeros(size) for name in ("temperatures", "log_probs", "rewards")}
+    flags = {name: zeros(size, dtype=torch.bool) for name in ("terminated", "dones", "decided")}
     return Rollout(
-        frames=torch.zeros(shape, dtype=torch.uint8, device=device).permute(0, 1, 4, 2, 3),
-        values=torch.zeros(num_steps + 1, num_envs, device=device),
-        temperatures=torch.ones(size, device=device),
-        actions=torch.zeros(size, dtype=torch.int64, device=device),
-        log_probs=torch.zeros(size, device=device),
-        rewards=torch.zeros(size, device=device),
-        terminated=torch.zeros(size, dtype=torch.bool, device=device),
-        dones=torch.zeros(size, dtype=torch.bool, device=device),
-        decided=torch.zeros(size, dtype=torch.bool, device=device),
-    )
+        frames=zeros(shape, dtype=torch.uint8).permute(0, 1, 4, 2, 3),
+        values=zeros(num_steps + 1, num_envs),
+        actions=zeros(size, dtype=torch.int64),
+        **floats, **flags,
+    )  # fmt: skip
 
 
 @dataclasses.dataclass
@@ -901,7 +872,7 @@ class TrainState:
         return sum(self.scores) / len(self.scores) if self.scores else math.nan
 
     def state_dict(self) -> dict[str, Any]:
-        """A copy of it all that goes on changing no more: tensors, numbers, strings, by name."""
+        """A deep copy of it all, tensors, numbers and strings by name: training leaves it alone."""
         state = self.about | {name: getattr(self, name) for name in self.COUNTERS}
         state |= {"scores": list(self.scores), "mean_return": self.mean_return}
         state |= {"weights": dict(self.agent.state_dict()), "patience": self.agent.patience}
@@ -909,7 +880,7 @@ class TrainState:
         return copy.deepcopy(state) | {"generator": self.generator.get_state()}
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
-        """Become what `saved` was a copy of."""
+        """Take over a saved state."""
         self.agent.load_state_dict(saved["weights"])
         self.agent.patience = float(saved.get("patience", 0))  # older runs had none
         self.optimizer.load_state_dict(saved["optimizer"])
@@ -922,39 +893,6 @@ class TrainState:
             if type(saved[name]) is not type(getattr(self, name)):
                 raise TypeError(f"{name} is {saved[name]}")
             setattr(self, name, saved[name])
-
-
-class StopRequest:
-    """Turns Ctrl-C, SIGTERM and the like into a flag: training stops between two steps."""
-
-    def __enter__(self) -> StopRequest:
-        self.requested = self.signalled = False
-        signals = [signal.SIGINT, signal.SIGTERM]
-        for name in ("SIGHUP", "SIGBREAK"):  # a terminal that is closed; Ctrl-Break on Windows
-            signum = getattr(signal, name, None)
-            if signum and signal.getsignal(signum) != signal.SIG_IGN:  # as nohup has it
-                signals.append(signum)
-        self.before = {signum: signal.signal(signum, self.handle) for signum in signals}
-        return self
-
-    def handle(self, signum: int, frame: Any) -> None:
-        """Once is enough: later signals change nothing while the state is being saved."""
-        if not self.signalled and place().rank == 0:
-            with contextlib.suppress(OSError):  # the terminal may be what was closed
-                os.write(2, b"\nStopping; saving ...\n")  # print may be what it interrupted
-        self.signalled = True
-        if place().size == 1:
-            self.requested = True
-
-    def agreed(self) -> bool:
-        """Whether to stop now: between two updates, all processes do if one of them was told to."""
-        if place().size > 1:
-            self.requested = bool(total(torch.tensor(int(self.signalled))))
-        return self.requested
-
-    def __exit__(self, *error: Any) -> None:
-        for signum, handler in self.before.items():
-            signal.signal(signum, handler)
 
 
 def anneal(config: Config, state: TrainState) -> float:
@@ -1012,10 +950,10 @@ def compute_gae(
     """
     delta = rewards + gamma * values[1:] * ~terminated - values[:-1]
     decay = gamma * lam * (~dones).float()
-    advantages = [torch.zeros_like(rewards[0])]
-    for delta_t, decay_t in zip(reversed(delta.unbind()), reversed(decay.unbind())):
-        advantages.append(torch.addcmul(delta_t, decay_t, advantages[-1]))  # one launch a step
-    return torch.stack(advantages[:0:-1])
+    advantages, following = torch.zeros_like(rewards), torch.zeros_like(rewards[0])
+    for t in reversed(range(len(rewards))):
+        advantages[t] = following = delta[t] + decay[t] * following
+    return advantages
 
 
 class Batch(NamedTuple):
@@ -1028,8 +966,9 @@ class Batch(NamedTuple):
     values: Tensor  # (B,) float32, estimated when they were taken
     advantages: Tensor  # (B,) float32
     returns: Tensor  # (B,) float32
-    mask: Tensor  # (B,) bool: decided by the agent, all other steps are ignored; or, where steps
-    # were drawn by importance, float32: how much each stands for
+    # How much a step counts, (B,): bool, whether the agent decided it; or, of steps that were drawn
+    # by importance, float32, how many it stands for.
+    mask: Tensor
 
 
 def masked_moments(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -1038,17 +977,17 @@ def masked_moments(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """
     weights = mask.float()
     sums = torch.stack([weights.sum(), weights.square().sum(), (x * weights).sum()])
-    count, squares, summed = total(sums)
+    count, squares, summed = sum_processes(sums)
     count = count.clamp(min=1e-8)
     mean = summed / count
-    spread = total(((x - mean).square() * weights).sum())
+    spread = sum_processes(((x - mean).square() * weights).sum())
     # The mean took one step's freedom, or with weights so much of theirs: Kish 1965.
     return mean, spread / (count - squares / count).clamp(min=1e-8), count
 
 
 def weigh(minibatch: Batch, norm_adv: bool) -> tuple[Batch, Tensor]:
-    """Normalise the advantages, and give each step its share in a mean, (M,) float32: its part of
-    the mask's sum. Summed and normalised over the minibatch of all processes.
+    """Normalise the advantages over the minibatch, and give each step its weight in a mean, (M,)
+    float32: mask / mask.sum(). Both go over all processes.
     """
     mask, advantages = minibatch.mask, minibatch.advantages
     mean, variance, count = masked_moments(advantages, mask)
@@ -1072,12 +1011,12 @@ def draw_steps(batch: Batch, count: int, keys: Tensor) -> tuple[Tensor, Tensor]:
     sizes = batch.advantages.abs() * batch.mask
     mean = sizes.sum() / batch.mask.sum().clamp(min=1)
     chances = batch.mask * (0.8 * sizes / mean.clamp(min=1e-8) + 0.2)
-    # Systematic resampling: on a line on which each step is as long as its chance, points equally
-    # far from each other.
+    # Systematic resampling: `count` points, evenly spaced on a line on which each step is as long
+    # as its chance.
     line = chances[order].cumsum(0)
     points = (torch.arange(count, device=keys.device) + 0.5) * (line[-1] / count)
-    places = torch.searchsorted(line, points)
-    drawn = order[places.clamp_(max=len(keys) - 1)]
+    found = torch.searchsorted(line, points)
+    drawn = order[found.clamp_(max=len(keys) - 1)]
     return drawn, batch.mask[drawn] * chances.mean() / chances[drawn].clamp(min=1e-8)
 
 
@@ -1118,7 +1057,7 @@ def ppo_loss(
     value_loss = 0.5 * (errors * shares).sum()
 
     entropy = -((all_log_probs.exp() * all_log_probs).sum(-1) * shares).sum()
-    loss = policy_loss - ent_coef * entropy + vf_coef * value_loss  # equation 9, its c1 halved
+    loss = policy_loss - ent_coef * entropy + vf_coef * value_loss  # equation 9, c1 = vf_coef / 2
 
     # How far the policy has moved: two estimates of KL(old, new), joschu.net/blog/kl-approx.html,
     # and the share of steps whose ratio is clipped.
@@ -1145,7 +1084,7 @@ def learn_minibatch(state: TrainState, minibatch: Batch, config: Config) -> Tens
     parts = parts.clone()  # the next call of a captured graph writes over it
     if place().size > 1:
         numbers = [p.grad for p in state.agent.parameters()] + [parts]
-        flat = total(torch.cat([x.flatten() for x in numbers]))  # one message, not thirteen
+        flat = sum_processes(torch.cat([x.flatten() for x in numbers]))  # one message, not thirteen
         for x, summed in zip(numbers, flat.split([x.numel() for x in numbers])):
             x.copy_(summed.view_as(x))
     norm = nn.utils.clip_grad_norm_(state.agent.parameters(), c.max_grad_norm)
@@ -1157,13 +1096,14 @@ def mean_metrics(state: TrainState, batch: Batch, history: list[Tensor]) -> dict
     """Means over an update, and the variance explained. RunError once one is not finite."""
     _, unexplained, _ = masked_moments(batch.returns - batch.values, batch.mask)
     explained = 1 - unexplained / masked_moments(batch.returns, batch.mask)[1].clamp(min=1e-8)
+    # Only looked at for being finite: one weight that is no number makes their sum none.
     weights = sum(parameter.detach().sum() for parameter in state.agent.parameters())
     # Numbers leave the device once an update: a GPU has to be waited for each time.
     numbers = torch.cat([torch.stack(history).mean(0), explained[None], weights[None]]).tolist()
     if not all(map(math.isfinite, numbers)):
         raise RunError(
             f"update {state.update + 1} came to numbers that are not finite: it was thrown "
-            "away; go on from the weights above by --model-filename, with a lower --learning-rate"
+            "away; start from the weights above (--model-filename) with a lower --learning-rate"
         )
     return dict(zip((*LOSS_NAMES, "explained_variance"), numbers))
 
@@ -1291,11 +1231,10 @@ def find_model(name: str, config: Config) -> Path:
     )
 
 
-def load_agent(path: Path, game: Game) -> tuple[Agent, dict[str, Any]]:
+def load_agent(path: Path, game: Game) -> Agent:
     """Read weights that this script saved, or a bare state_dict with the usual names.
 
-    Nothing in the file is run. Returns the agent, and what the file says about it: {} for a bare
-    state_dict. Raises UserError for a file that is no model, or that of another game.
+    Nothing in the file is run. Raises UserError for a file that is no model, or of another game.
     """
     content = read_file(path, "model", bare=True)
     about = content if isinstance(content, dict) and "weights" in content else {}
@@ -1318,7 +1257,7 @@ def load_agent(path: Path, game: Game) -> tuple[Agent, dict[str, Any]]:
     agent.patience = about.get("patience", 0.0)
     if not isinstance(agent.patience, float) or not 0 <= agent.patience < math.inf:
         raise UserError(f"{path} is not a model: patience is {agent.patience!r:.99}")
-    return agent, {key: value for key, value in about.items() if key != "weights"}
+    return agent
 
 
 def say(text: str) -> None:
@@ -1679,6 +1618,7 @@ def resumed_config(given: dict[str, Any], knobs: dict[str, Any]) -> Config:
         had = knobs.get(name, getattr(Config, name))  # runs of an older version lack new knobs
         if name not in RESUME_KNOBS and value != had:
             flag = f"--{name.replace('_', '-')}"
+            had = "none" if had in ("", None) else had
             raise UserError(f"{flag}={value} would make it another run: it has {had}")
     total = knobs["total_timesteps"]
     if given.get("total_timesteps", total) < total:
@@ -1694,7 +1634,7 @@ def make_state(
     if config.model_filename == "random":
         raise UserError("--model-filename=random plays, but cannot be trained: leave it out")
     if config.model_filename and not resumed:
-        agent, _ = load_agent(find_model(config.model_filename, config), game)
+        agent = load_agent(find_model(config.model_filename, config), game)
         for parameter in agent.actor.parameters():
             parameter.data *= config.sharpen
     else:
@@ -1712,59 +1652,93 @@ def make_state(
     return TrainState(agent, optimizer, generator, about, compiler(act), compiler(minibatch_loss))
 
 
-class Watchdog:
-    """Ends the program when a thread of the emulator died, which the others wait for in silence."""
+class StopRequest:
+    """Turns Ctrl-C, SIGTERM and the like into a flag: training stops between two steps."""
 
-    PATIENCE = 30  # seconds; a step takes milliseconds
+    def __enter__(self) -> StopRequest:
+        self.requested = self.signalled = False
+        signals = [signal.SIGINT, signal.SIGTERM]
+        for name in ("SIGHUP", "SIGBREAK"):  # a terminal that is closed; Ctrl-Break on Windows
+            signum = getattr(signal, name, None)
+            if signum and signal.getsignal(signum) != signal.SIG_IGN:  # as nohup has it
+                signals.append(signum)
+        self.before = {signum: signal.signal(signum, self.handle) for signum in signals}
+        return self
 
-    def __init__(self, games: VectorGames, last_deed: Callable[[], Any] = lambda: None) -> None:
-        self.games, self.last_deed, self.done = games, last_deed, threading.Event()
+    def handle(self, signum: int, frame: Any) -> None:
+        """Once is enough: later signals change nothing while the state is being saved."""
+        if not self.signalled and place().rank == 0:
+            with contextlib.suppress(OSError):  # the terminal may be what was closed
+                os.write(2, b"\nStopping; saving ...\n")  # print may be what it interrupted
+        self.signalled = True
+        if place().size == 1:
+            self.requested = True
 
-    def __enter__(self) -> None:
-        self.thread = threading.Thread(target=self.watch, daemon=True)
-        self.thread.start()
+    def agreed(self) -> bool:
+        """Whether to stop now: between two updates, all processes do if one of them was told to."""
+        if place().size > 1:
+            self.requested = bool(sum_processes(torch.tensor(int(self.signalled))))
+        return self.requested
 
     def __exit__(self, *error: Any) -> None:
-        self.done.set()
-        self.thread.join()
+        for signum, handler in self.before.items():
+            signal.signal(signum, handler)
 
-    def watch(self) -> None:
-        """Look once a second. Looks are counted, not time: a machine may sleep in between."""
-        seen, looks = 0, 0
-        while not self.done.wait(1):
-            pulse = self.games.pulse
+
+WATCHDOG_SECONDS = 30  # a step takes milliseconds
+
+
+@contextlib.contextmanager
+def watchdog(games: VectorGames, last_deed: Callable[[], Any] = lambda: None) -> Iterator[None]:
+    """Ends the program when a thread of the emulator died, which the others wait for in silence."""
+    done = threading.Event()
+
+    def watch() -> None:
+        seen, looks = 0, 0  # looks are counted, not time: a machine may sleep in between
+        while not done.wait(1):
+            pulse = games.pulse
             looks = looks + 1 if pulse % 2 and pulse == seen else 0
             seen = pulse
-            if looks >= self.PATIENCE:
+            if looks >= WATCHDOG_SECONDS:
                 try:
-                    self.last_deed()
+                    last_deed()
                     os.write(2, f"the emulator has not answered for {looks} seconds\n".encode())
                 finally:  # the main thread waits inside the emulator, where nothing reaches it
                     os._exit(1)
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
 
 
 def print_summary(
     config: Config, content: dict[str, Any], progress: Progress, run: Run, path: Path
 ) -> None:
     """What was learnt, how fast, where it lies, and which commands show it and go on."""
-    verb = "Trained" if content["update"] == config.num_updates else "Stopped after"
+    trained = content["update"] == config.num_updates
+    verb = "Trained" if trained else "Stopped after"
     text = f"\n{verb} {content['global_step']:,} steps, {counted(content['games'], 'game')}, in "
     text += f"{timedelta(seconds=round(progress.seconds))}: {progress.speed:,.0f} steps/s"
     if run.saved:
         text += f", resumed at {run.saved['global_step']:,}"
         text += "" if progress.done > progress.initial else ": nothing was left to train"
+    say(text)
     if content["scores"]:
         best = content["best_return"]
         best = f", at best {best:.2f}" if math.isfinite(best) else ""
-        text += f"\nmean score of the last {counted(len(content['scores']), 'game')} "
-        text += f"{content['mean_return']:.2f}{best}"
+        over = counted(len(content["scores"]), "game")
+        say(f"mean score of the last {over} {content['mean_return']:.2f}{best}")
     script, folder = f"python3 {shlex.quote(sys.argv[0])}", shlex.quote(str(run.folder))
-    text += f"\n  curves   tensorboard --logdir {shlex.quote(str(run.folder.parent))}"
+    say(f"  curves   tensorboard --logdir {shlex.quote(str(run.folder.parent))}")
     if path.exists():
-        text += f"\n  weights  {path}"
-        text += f'\n  watch    {script} --run=1 --model-filename="{path.name}"{env_flag(config)}'
-    more = "" if verb != "Trained" else f" --total-timesteps={2 * content['global_step']}"
-    say(text + f"\n  go on    {script} --resume={folder}{more}")
+        say(f"  weights  {path}")
+        say(f'  watch    {script} --run=1 --model-filename="{path.name}"{env_flag(config)}')
+    more = f" --total-timesteps={2 * content['global_step']}" if trained else ""
+    say(f"  go on    {script} --resume={folder}{more}")
 
 
 def bring_back(state: TrainState, games: ReplayableGames, run: Run) -> np.ndarray:
@@ -1772,7 +1746,7 @@ def bring_back(state: TrainState, games: ReplayableGames, run: Run) -> np.ndarra
     try:
         state.load_state_dict(run.saved)
         say(f"{run.folder}/ at step {state.global_step:,}; bringing the games back ...")
-        with Watchdog(games.games):
+        with watchdog(games.games):
             return games.load_state_dict(run.saved["replay"])
     except Exception as error:
         raise UserError(f"{run.folder}/ holds no checkpoint of this run: {error}") from None
@@ -1855,14 +1829,14 @@ def train(config: Config, run: Run | None = None) -> None:
     state, games, rollout, run = set_up(config, run)
     replay = games.state_dict()
     if place().rank > 0:
-        with StopRequest() as stop, Watchdog(games.games):
+        with StopRequest() as stop, watchdog(games.games):
             for _ in updates(config, state, games, rollout, stop):
                 games.state_dict()
         return
     logger = Logger(run.folder, config, state, run.saved.get("pending", ()))
     checkpoints = Checkpoints(run.folder, config)
     checkpoints.keep(state, replay, logger)
-    with locked(run.folder), StopRequest() as stop, Watchdog(games.games, checkpoints.write):
+    with locked(run.folder), StopRequest() as stop, watchdog(games.games, checkpoints.write):
         checkpoints.write()
         try:
             for learning_rate, over, losses in updates(config, state, games, rollout, stop):
@@ -1883,9 +1857,6 @@ def train(config: Config, run: Run | None = None) -> None:
 
 def resume(given: dict[str, Any]) -> None:
     """Go on with the run of --resume; `given` are the knobs that were typed. Raises UserError."""
-    for mode in ("run", "evaluate", "record"):
-        if given.get(mode):
-            raise UserError(f"--resume trains: it does not go with --{mode}")
     name = given.pop("resume")
     if place().rank > 0:
         train(*broadcast(None))
@@ -1919,7 +1890,7 @@ def load_player(config: Config, game: Game) -> tuple[Agent, Path]:
             nn.init.zeros_(parameter)
         return agent, Path("models") / f"random_{game.rom}"
     path = find_model(config.model_filename or f"ai_{game.rom}_game.mdl", config)
-    agent = load_agent(path, game)[0].to(device)
+    agent = load_agent(path, game).to(device)
     agent.patience = agent.patience if config.patience is None else config.patience
     return agent, path
 
@@ -1958,14 +1929,14 @@ def run_episodes(
 def print_scores(scores: np.ndarray, interval: float | None, rom: str) -> None:
     """Mean, spread and histogram of `scores`, (games,) float; an average alone hides two humps."""
     mean = f"mean {scores.mean():.2f}" + (f" +- {interval:.2f} (95 %)" if interval else "")
-    span = f"from {scores.min():g} to {scores.max():g}"
-    print(f"\n{counted(len(scores), 'game')}: {mean}, median {np.median(scores):g}, {span}")
+    span = f"from {scores.min():,.10g} to {scores.max():,.10g}"
+    print(f"\n{counted(len(scores), 'game')}: {mean}, median {np.median(scores):,.10g}, {span}")
     width = max(1, math.ceil((np.ptp(scores) + 1) / 12))
     edges = np.arange(scores.min(), scores.max() + width + 1, width)
     counts, _ = np.histogram(scores, edges)
     for count, low in zip(counts, edges):
         bar = "█" * math.ceil(40 * count / counts.max())
-        span = f"{low:g}" if width == 1 else f"{low:g} to {low + width - 1:g}"
+        span = f"{low:,.10g}" + ("" if width == 1 else f" to {low + width - 1:,.10g}")
         print(f"  {span:>14}  {count:5}  {bar}")
     if rom == "breakout":
         for score, name in ((432, "one wall"), (864, "both walls, the most there is")):
@@ -1990,7 +1961,7 @@ def evaluate(config: Config) -> Path:
     shares = [len(range(slot, config.evaluate, slots)) for slot in range(slots)]
     played: list[FinishedGame] = []
     progress = Progress(config.evaluate, "game")
-    with Watchdog(games):
+    with watchdog(games):
         for moment in run_episodes(agent, games, config, config.seed):
             for over in moment.result.finished:
                 if shares[over.slot]:
@@ -2022,7 +1993,7 @@ INK, DIM, ACCENT = (240, 240, 240), (150, 145, 140), (60, 150, 255)
 FONT = cv2.FontFace("sans")  # built into OpenCV
 
 
-def write(
+def draw_text(
     image: np.ndarray, text: str, x: float, y: float, size: float, color: tuple = INK,
     weight: int = 400, right: bool = False,
 ) -> None:  # fmt: skip
@@ -2053,7 +2024,7 @@ class View:
         Frames, probabilities and value are those that led to the step, score and lives its result.
         """
         self.values.append(float(moment.values[0]))
-        self.drawn = np.full((height * self.scale, self.WIDTH * self.scale, 3), PAPER, np.uint8)
+        self.canvas = np.full((height * self.scale, self.WIDTH * self.scale, 3), PAPER, np.uint8)
         self.draw_numbers(score, int(moment.result.lives[0]))
         self.draw_frames(moment.frames[0])
         self.draw_actions(moment.probs[0], int(moment.actions[0]))
@@ -2063,17 +2034,17 @@ class View:
 
     def text(self, text: str, x: float, y: float, size: float, **look: Any) -> None:
         """Write into the panel; lengths in Atari pixels."""
-        write(self.drawn, text, x * self.scale, y * self.scale, size * self.scale, **look)
+        draw_text(self.canvas, text, x * self.scale, y * self.scale, size * self.scale, **look)
 
     def box(self, x: float, y: float, width: float, height: float, color: tuple) -> None:
         """Fill a box of the panel; lengths in Atari pixels."""
         left, top, right, bottom = (round(v * self.scale) for v in (x, y, x + width, y + height))
-        self.drawn[top:bottom, left:right] = color
+        self.canvas[top:bottom, left:right] = color
 
     def draw_numbers(self, score: float, lives: int) -> None:
         """True score, lives, number of the game, mean of those before it."""
         mean = f"{self.total / self.games:.1f}" if self.games else "-"
-        cells = {"score": f"{score:g}", "lives": lives, "game": self.games + 1, "mean": mean}
+        cells = {"score": f"{score:.10g}", "lives": lives, "game": self.games + 1, "mean": mean}
         for x, (label, value) in zip((8, 50, 78, 106), cells.items()):
             self.text(label, x, 13, 5.5, color=DIM)
             color = ACCENT if label == "score" else INK
@@ -2086,7 +2057,7 @@ class View:
         for i, frame in enumerate(frames):
             small = cv2.resize(frame, (size, size), interpolation=cv2.INTER_AREA)
             left, top = round((8 + 32 * i) * self.scale), 45 * self.scale
-            self.drawn[top : top + size, left : left + size] = small[..., None]
+            self.canvas[top : top + size, left : left + size] = small[..., None]
 
     def draw_actions(self, probs: np.ndarray, action: int) -> None:
         """A bar an action, as long as it is likely; the one taken is lit."""
@@ -2101,7 +2072,7 @@ class View:
 
     def draw_values(self) -> None:
         """The value estimate over the last ten seconds: how much reward the agent expects."""
-        bottom = self.drawn.shape[0] / self.scale - 8
+        bottom = self.canvas.shape[0] / self.scale - 8
         self.text("how much it expects to win", 8, 157, 5.5, color=DIM)
         self.text(f"{self.values[-1]:.2f}", 132, 157, 5.5, color=ACCENT, right=True, weight=600)
         self.box(8, 161, 124, bottom - 161, PLATE)
@@ -2109,12 +2080,12 @@ class View:
         x = 8 + 124 * (np.arange(len(self.values)) + self.HISTORY - len(self.values)) / self.HISTORY
         y = bottom - (bottom - 161) * (np.array(self.values) - low) / (high - low)
         points = np.rint(np.stack([x, y], -1) * self.scale * 16).astype(np.int32)
-        cv2.polylines(self.drawn, [points], False, ACCENT, round(self.scale / 2), cv2.LINE_AA, 4)
+        cv2.polylines(self.canvas, [points], False, ACCENT, round(self.scale / 2), cv2.LINE_AA, 4)
 
     def picture(self, rgb: np.ndarray) -> np.ndarray:
         """An emulator frame, RGB, becomes the whole picture, (height, width, 3) uint8, BGR."""
         game = rgb[..., ::-1].repeat(self.scale, 0).repeat(self.scale, 1)
-        return np.hstack([game, self.drawn]) if self.panel else game
+        return np.hstack([game, self.canvas]) if self.panel else game
 
 
 class Recorder:
@@ -2226,7 +2197,7 @@ def record(config: Config) -> None:
             shots = shots[: skip + frames - progress.done] if frames else shots
             for rgb in shots[max(0, skip - progress.done) :]:
                 recorder.add(view.picture(rgb))
-            progress.advance(len(shots), f"game {view.games + 1}, score {games.scores[0]:g}")
+            progress.advance(len(shots), f"game {view.games + 1}, score {games.scores[0]:,.10g}")
             enough = recorder.count == frames if frames else view.games == config.episodes
             if enough or recorder.full:
                 break
@@ -2341,11 +2312,11 @@ class Player:
             height = 26 * len(self.KEYS) + 20
             shown[60 : 60 + height, 40:440] = shown[60 : 60 + height, 40:440] // 6
             for row, (keys, meaning) in enumerate(self.KEYS):
-                write(shown, keys, 60, 90 + 26 * row, 18, color=ACCENT, weight=600)
-                write(shown, meaning, 160, 90 + 26 * row, 18)
+                draw_text(shown, keys, 60, 90 + 26 * row, 18, color=ACCENT, weight=600)
+                draw_text(shown, meaning, 160, 90 + 26 * row, 18)
         state = "paused" if self.paused else ""
         state = self.message if time.monotonic() < self.message_until else state
-        write(shown, state, 14, shown.shape[0] - 12, 15, color=INK)
+        draw_text(shown, state, 14, shown.shape[0] - 12, 15, color=INK)
         if self.recorder is not None:
             cv2.circle(shown, (22, 22), 8, (60, 60, 230), cv2.FILLED, cv2.LINE_AA)
         cv2.imshow(self.TITLE, shown)
@@ -2387,7 +2358,8 @@ def play(config: Config) -> None:
     if not can_open_window():
         name = f"ai_breakout_game-{time.strftime('%Y%m%d-%H%M%S')}.mp4"
         print(f"There is no display to open a window on: recording one game to {name} instead.")
-        record(dataclasses.replace(config, record=name, episodes=1, seconds=None, skip=0))
+        whole_game = {"episodes": 1, "seconds": None, "skip": 0}
+        record(dataclasses.replace(config, run=False, record=name, **whole_game))
         return
     games = WrappedGames(game, 1, keep_rgb=True)
     view = View(games.action_names, 3, config.panel)
@@ -2482,9 +2454,35 @@ def check_mode(given: dict[str, Any]) -> None:
         if field.name in given and group in needs and not any(map(given.get, needs[group])):
             missing = " or ".join(modes[name] for name in needs[group])
             raise UserError(f"--{field.name} is for {group}: add {missing}")
-    starts = given.get("model_filename") and not any(map(given.get, modes))
+    asked = [mode for mode in modes if given.get(mode)]
+    if asked and "resume" in given:
+        raise UserError(f"--resume trains: it does not go with --{asked[0]}")
+    starts = given.get("model_filename") and not asked
     if given.get("sharpen", 1) != 1 and not (starts or "resume" in given):
         raise UserError("--sharpen is for training that starts from --model-filename=NAME")
+
+
+@contextlib.contextmanager
+def all_processes() -> Iterator[None]:
+    """Join the processes that torchrun started, if it did. Raises RunError once one of them died:
+    the others notice it at the next sum.
+    """
+    if not (dist.is_available() and dist.is_torchelastic_launched()):
+        yield
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+    # NCCL refuses two processes on one GPU, and Windows has none; gloo is slower, but can.
+    nccl = dist.is_nccl_available()
+    nccl &= torch.cuda.device_count() >= int(os.environ["LOCAL_WORLD_SIZE"])
+    dist.init_process_group("cpu:gloo,cuda:nccl" if nccl else "gloo")
+    try:
+        yield
+    except RuntimeError as error:
+        text = f"one of the processes cannot go on, so all end ({str(error)[:120]} ...)"
+        raise RunError(text) from None
+    finally:
+        dist.destroy_process_group()
 
 
 def main(argv: list[str] | None = None) -> int:

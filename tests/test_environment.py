@@ -211,9 +211,9 @@ def decisions(games, steps, seed):
 
 @pytest.mark.parametrize("rom", ["breakout", "freeway", "ms_pacman", "space_invaders"])
 def test_both_ways_of_stepping_are_the_same_game_bit_for_bit(rom):
-    game = script.Game(rom, max_frames=4 * 400)
-    native, native_over = decisions(script.NativeGames(game, 2, noop_max=0), 900, seed=5)
-    wrapped, wrapped_over = decisions(script.WrappedGames(game, 2, noop_max=0), 900, seed=5)
+    game = script.Game(rom, max_frames=4 * 400, noop_max=0)
+    native, native_over = decisions(script.NativeGames(game, 2), 900, seed=5)
+    wrapped, wrapped_over = decisions(script.WrappedGames(game, 2), 900, seed=5)
     for i in range(2):
         both = min(len(native[i]), len(wrapped[i]))  # without FIRE a lost life costs one no step
         assert both > 850
@@ -229,7 +229,7 @@ def test_both_ways_of_stepping_are_the_same_game_bit_for_bit(rom):
 def test_both_ways_have_the_frames_that_the_file_asks_for(monkeypatch, kind):
     for name, value in (("FRAME_SKIP", 2), ("FRAME_STACK", 3), ("FRAME_SIZE", 42)):
         monkeypatch.setattr(script, name, value)
-    games = kind(script.Game("breakout"), 1, noop_max=0)
+    games = kind(script.Game("breakout", noop_max=0), 1)
     assert games.reset(1).shape == (1, 3, 42, 42)
     before = games.frame_numbers.copy()
     games.step(np.zeros(1, int))
@@ -256,10 +256,10 @@ def test_steps_without_a_point_are_counted_from_a_point_a_lost_life_and_a_start(
 
 
 def test_a_sticky_action_is_repeated():
-    calm, sticky = script.Game("breakout"), script.Game("breakout", sticky=0.9)
+    calm, sticky = (script.Game("breakout", sticky, noop_max=0) for sticky in (0, 0.9))
     frames = []
     for game in (calm, sticky):
-        games = script.NativeGames(game, 1, noop_max=0)
+        games = script.NativeGames(game, 1)
         games.reset(1)
         for step in range(40):
             result = games.step(np.array([2 + step // 10 % 2]))
@@ -283,7 +283,7 @@ def test_after_a_lost_life_fire_is_pressed_whatever_the_agent_says(kind):
 
 @pytest.mark.parametrize("kind", [script.NativeGames, script.WrappedGames])
 def test_a_game_that_is_cut_off_is_truncated_and_shows_its_last_frame(kind):
-    games = kind(script.Game("pong", max_frames=40), 1, noop_max=0)
+    games = kind(script.Game("pong", max_frames=40, noop_max=0), 1)
     games.reset(1)
     for _ in range(10):
         result = games.step(np.array([0]))

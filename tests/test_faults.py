@@ -320,7 +320,7 @@ def test_a_dead_thread_of_the_emulator_ends_the_program_within_a_minute(tmp_path
 def test_a_thread_that_dies_while_games_are_brought_back_ends_the_program_too(tmp_path):
     quick = ("--total-timesteps=64", "--num-envs=2", "--num-steps=32", "--num-minibatches=2")
     assert run_script(*quick, cwd=tmp_path).returncode == 0
-    early = DEAD_THREAD.replace("400", "20") + "script.Watchdog.PATIENCE = 3"
+    early = DEAD_THREAD.replace("400", "20") + "script.WATCHDOG_SECONDS = 3"
     process = start("--resume=latest", cwd=tmp_path, before=early)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 1 and "has not answered" in output.splitlines()[-1]
@@ -328,7 +328,7 @@ def test_a_thread_that_dies_while_games_are_brought_back_ends_the_program_too(tm
 
 @pytest.mark.slow
 def test_a_dead_thread_ends_a_measurement_too(tmp_path):
-    dead = DEAD_THREAD + "script.Watchdog.PATIENCE = 3"
+    dead = DEAD_THREAD + "script.WATCHDOG_SECONDS = 3"
     process = start("--evaluate=40", "--model-filename=random", cwd=tmp_path, before=dead)
     output, _ = process.communicate(timeout=90)
     assert process.returncode == 1 and "has not answered" in output.splitlines()[-1]

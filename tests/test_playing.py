@@ -45,19 +45,19 @@ def test_a_model_is_found_as_given_then_in_models_then_beside_the_script(tmp_pat
 
 
 def test_a_saved_model_comes_back_bit_for_bit(model):
-    agent, about = script.load_agent(model, BREAKOUT)
+    agent = script.load_agent(model, BREAKOUT)
     saved = torch.load(model, weights_only=True)
     assert all(torch.equal(saved["weights"][name], x) for name, x in agent.state_dict().items())
-    assert about["steps"] == 3072 and "weights" not in about
+    assert saved["steps"] == 3072
 
 
 def test_a_bare_state_dict_with_the_usual_names_is_a_model():
     torch.manual_seed(3)
     agent = script.Agent(4)
     torch.save(agent.state_dict(), "bare.pt")
-    loaded, about = script.load_agent(Path("bare.pt"), BREAKOUT)
+    loaded = script.load_agent(Path("bare.pt"), BREAKOUT)
     frames = torch.randint(0, 255, (2, 4, 84, 84), dtype=torch.uint8)
-    assert torch.equal(agent(frames)[0], loaded(frames)[0]) and about == {}
+    assert torch.equal(agent(frames)[0], loaded(frames)[0])
 
 
 class Attack:
@@ -185,7 +185,7 @@ def slow_scores(agent, episodes, seed, slots, max_frames):
 def test_evaluation_is_a_plain_loop_over_whole_games(model):
     Path("mine.mdl").write_bytes(model.read_bytes())
     result = evaluation("--model-filename=mine.mdl", "--multithreading=no", "--seed=3")
-    agent, _ = script.load_agent(model, BREAKOUT)
+    agent = script.load_agent(model, BREAKOUT)
     assert sorted(result["scores"]) == slow_scores(agent, 6, 3, slots=6, max_frames=1000)
 
 
@@ -241,7 +241,7 @@ def test_the_report_lies_beside_the_model(model, tmp_path):
 
 
 def test_a_greedy_agent_takes_the_likeliest_action_and_another_draws(model):
-    agent, _ = script.load_agent(model, BREAKOUT)
+    agent = script.load_agent(model, BREAKOUT)
     agent.actor.weight.data.zero_()
     agent.actor.bias.data = torch.tensor([0.0, 0.0, 0.1, 0.0])
     for greedy in (True, False):
@@ -261,7 +261,7 @@ def test_an_agent_plays_with_the_patience_it_was_trained_with_unless_another_is_
 
 
 def test_an_agent_that_waited_too_long_plays_more_by_chance(model):
-    agent, _ = script.load_agent(model, BREAKOUT)
+    agent = script.load_agent(model, BREAKOUT)
     agent.actor.weight.data.zero_()
     agent.actor.bias.data = torch.tensor([6.0, 0.0, 0.0, 0.0])  # the button that does nothing
     agent.patience, games = 10.0, script.NativeGames(BREAKOUT, 2)
@@ -397,7 +397,7 @@ def test_a_game_with_eighteen_actions_fits_the_panel():
     view = script.View(games.action_names, 2, True)
     moment = next(script.run_episodes(agent, games, config, 1))
     view.observe(moment, 0.0, 210)
-    assert len(games.action_names) == 18 and view.drawn.shape == (420, 280, 3)
+    assert len(games.action_names) == 18 and view.canvas.shape == (420, 280, 3)
 
 
 @pytest.mark.parametrize("env", [{}, {"DISPLAY": ":4711"}])
