@@ -838,13 +838,13 @@ def make_rollout(num_steps: int, num_envs: int, device: torch.device) -> Rollout
     zeros = functools.partial(torch.zeros, device=device)
     size, side = (num_steps, num_envs), FRAME_SIZE // BLOCK
     shape = (num_steps + 1, num_envs, side, side, FRAME_STACK * BLOCK**2)
-    floats = {name: zeros(size) for name in ("temperatures", "log_probs", "rewards")}
     flags = {name: zeros(size, dtype=torch.bool) for name in ("terminated", "dones", "decided")}
     return Rollout(
         frames=zeros(shape, dtype=torch.uint8).permute(0, 1, 4, 2, 3),
         values=zeros(num_steps + 1, num_envs),
+        temperatures=zeros(size) + 1,
         actions=zeros(size, dtype=torch.int64),
-        **floats, **flags,
+        log_probs=zeros(size), rewards=zeros(size), **flags,
     )  # fmt: skip
 
 
@@ -1928,7 +1928,7 @@ def run_episodes(
 
 def print_scores(scores: np.ndarray, interval: float | None, rom: str) -> None:
     """Mean, spread and histogram of `scores`, (games,) float; an average alone hides two humps."""
-    mean = f"mean {scores.mean():.2f}" + (f" +- {interval:.2f} (95 %)" if interval else "")
+    mean = f"mean {scores.mean():,.2f}" + (f" +- {interval:,.2f} (95 %)" if interval else "")
     span = f"from {scores.min():,.10g} to {scores.max():,.10g}"
     print(f"\n{counted(len(scores), 'game')}: {mean}, median {np.median(scores):,.10g}, {span}")
     width = max(1, math.ceil((np.ptp(scores) + 1) / 12))

@@ -88,6 +88,8 @@ def test_the_defaults_are_the_configs():
         (["--run", "--model-filename=random", "--device=tpu"], "--device=tpu is not there"),
         (["--record=film.avi"], "must end in .gif or .mp4"),
         (["--record=a.gif", "--evaluate=2"], "ask for one"),
+        (["--run=1", "--evaluate=2"], "of --run, --evaluate and --record ask for one"),
+        (["--run=1", "--record=a.gif"], "ask for one"),
         (["--record=a.gif", "--model-filename=nowhere.mdl"], "no model nowhere.mdl"),
         (["--record=a.gif", "--seconds=0"], "--seconds must be"),
         (["--record=a.gif", "--seconds=1e15"], "--seconds must be"),

@@ -158,6 +158,13 @@ def test_the_same_seed_gives_the_same_scores_and_another_seed_others():
     assert first["scores"] != other["scores"]
 
 
+def test_scores_of_millions_are_printed_digit_by_digit(capsys):
+    script.print_scores(np.array([1234567.0, 1234571.0]), None, "atlantis")
+    assert "mean 1,234,569.00, median 1,234,569, from 1,234,567 to 1,234,571" in (
+        capsys.readouterr().out
+    )
+
+
 def slow_scores(agent, episodes, seed, slots, max_frames):
     """Evaluation without any of its parts: one wrapper stack a slot, stepped and reset by hand."""
     generator = torch.Generator().manual_seed(seed)

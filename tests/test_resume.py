@@ -165,6 +165,7 @@ def test_a_resume_with_nothing_left_to_do_writes_the_weights_once_more(stopped):
     ("flag", "said"),
     [
         ("--num-envs=4", "--num-envs=4 would make it another run: it has 2"),
+        ("--model-filename=x.mdl", "--model-filename=x.mdl would make it another run: it has none"),
         ("--gamma=0.98", "--gamma=0.98"), ("--seed=4", "--seed=4"),
         ("--multithreading=no", "--multithreading=False"),
         ("--env-id=ALE/Pong-v5", "--env-id=ALE/Pong-v5"),
