@@ -167,7 +167,8 @@ class Config:
         "from; below 1 steps are drawn, those with a large advantage more often", 0.01, 1)
     norm_adv: bool = knob(True, "PPO", "normalise the advantages of each minibatch")
     sharpen: float = knob(1.0, "PPO", "what the actor's weights are multiplied by when training "
-        "starts from --model-filename: above 1, likely buttons become likelier still", 0, 100)
+        "starts from --model-filename: above 1, likely buttons become likelier; below 1, it is "
+        "less sure, and can unlearn what it was too sure of", 0, 100)
     life_cost: float = knob(0.0, "PPO", "reward taken away where a life or the game ends: "
         "an agent that has little left to win would else not care", 0, 1000)
     clip_coef: float = knob(0.1, "PPO", "how far the policy may move in an update", 0)
