@@ -217,7 +217,7 @@ class Config:
 
 
 # Usually there is one process; then `sum_processes`, `gather` and `broadcast` give back what they
-# get, and this section can be skipped. Of several, each plays a part of the games and learns from a
+# get, and can be skipped. Of several, each plays a part of the games and learns from a
 # part of each minibatch. Wherever PPO sums over a minibatch (the gradient, the steps that count,
 # the mean and the spread of the advantages) `sum_processes` sums over all of them, so all have the
 # same weights at any time. The first alone logs and saves.
@@ -260,6 +260,39 @@ def broadcast(item: Any) -> Any:
     if place().size > 1:
         dist.broadcast_object_list(items)
     return items[0]
+
+
+class StopRequest:
+    """Turns Ctrl-C, SIGTERM and the like into a flag: training stops between two steps."""
+
+    def __enter__(self) -> StopRequest:
+        self.requested = self.signalled = False
+        signals = [signal.SIGINT, signal.SIGTERM]
+        for name in ("SIGHUP", "SIGBREAK"):  # a terminal that is closed; Ctrl-Break on Windows
+            signum = getattr(signal, name, None)
+            if signum and signal.getsignal(signum) != signal.SIG_IGN:  # as nohup has it
+                signals.append(signum)
+        self.before = {signum: signal.signal(signum, self.handle) for signum in signals}
+        return self
+
+    def handle(self, signum: int, frame: Any) -> None:
+        """Once is enough: later signals change nothing while the state is being saved."""
+        if not self.signalled and place().rank == 0:
+            with contextlib.suppress(OSError):  # the terminal may be what was closed
+                os.write(2, b"\nStopping; saving ...\n")  # print may be what it interrupted
+        self.signalled = True
+        if place().size == 1:
+            self.requested = True
+
+    def agreed(self) -> bool:
+        """Whether to stop now: between two updates, all processes do if one of them was told to."""
+        if place().size > 1:
+            self.requested = bool(sum_processes(torch.tensor(int(self.signalled))))
+        return self.requested
+
+    def __exit__(self, *error: Any) -> None:
+        for signum, handler in self.before.items():
+            signal.signal(signum, handler)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1651,39 +1684,6 @@ def make_state(
     generator = torch.Generator(device).manual_seed(config.seed)
     compiler = pick_compiler(config.compile, device)
     return TrainState(agent, optimizer, generator, about, compiler(act), compiler(minibatch_loss))
-
-
-class StopRequest:
-    """Turns Ctrl-C, SIGTERM and the like into a flag: training stops between two steps."""
-
-    def __enter__(self) -> StopRequest:
-        self.requested = self.signalled = False
-        signals = [signal.SIGINT, signal.SIGTERM]
-        for name in ("SIGHUP", "SIGBREAK"):  # a terminal that is closed; Ctrl-Break on Windows
-            signum = getattr(signal, name, None)
-            if signum and signal.getsignal(signum) != signal.SIG_IGN:  # as nohup has it
-                signals.append(signum)
-        self.before = {signum: signal.signal(signum, self.handle) for signum in signals}
-        return self
-
-    def handle(self, signum: int, frame: Any) -> None:
-        """Once is enough: later signals change nothing while the state is being saved."""
-        if not self.signalled and place().rank == 0:
-            with contextlib.suppress(OSError):  # the terminal may be what was closed
-                os.write(2, b"\nStopping; saving ...\n")  # print may be what it interrupted
-        self.signalled = True
-        if place().size == 1:
-            self.requested = True
-
-    def agreed(self) -> bool:
-        """Whether to stop now: between two updates, all processes do if one of them was told to."""
-        if place().size > 1:
-            self.requested = bool(sum_processes(torch.tensor(int(self.signalled))))
-        return self.requested
-
-    def __exit__(self, *error: Any) -> None:
-        for signum, handler in self.before.items():
-            signal.signal(signum, handler)
 
 
 WATCHDOG_SECONDS = 30  # a step takes milliseconds
