@@ -217,10 +217,10 @@ class Config:
 
 
 # Usually there is one process; then `sum_processes`, `gather` and `broadcast` give back what they
-# get, and can be skipped. Of several, each plays a part of the games and learns from a
-# part of each minibatch. Wherever PPO sums over a minibatch (the gradient, the steps that count,
-# the mean and the spread of the advantages) `sum_processes` sums over all of them, so all have the
-# same weights at any time. The first alone logs and saves.
+# get, and can be skipped. Of several, each plays a part of the games and learns from a part of each
+# minibatch. Wherever PPO sums over a minibatch (the gradient, the steps that count, the mean and
+# the spread of the advantages) `sum_processes` sums over all of them, so all have the same weights
+# at any time. The first alone logs and saves.
 
 
 class Place(NamedTuple):
