@@ -156,13 +156,13 @@ class Config:
     replay_steps: int = knob(8192, "training", "steps after which a game's next start is seeded "
         "anew, which takes 0.1 s: a resume plays what came since once more", 1, 10**9)
 
-    learning_rate: float = knob(2.5e-4, "PPO", "step size of Adam at the start", 0, 1)
+    learning_rate: float = knob(1e-3, "PPO", "step size of Adam at the start", 0, 1)
     anneal_lr: bool = knob(True, "PPO", "lower the learning rate linearly to zero over the run")
     num_steps: int = knob(128, "PPO", "steps of each game between two updates", 1, 65536)
     gamma: float = knob(0.99, "PPO", "discount: what a reward one step later is worth now", 0, 1)
     gae_lambda: float = knob(0.95, "PPO", "lambda of generalised advantage estimation", 0, 1)
     num_minibatches: int = knob(4, "PPO", "parts that a batch is learnt in; must divide it", 1)
-    update_epochs: int = knob(4, "PPO", "times that each batch is learnt from", 1, 1000)
+    update_epochs: int = knob(2, "PPO", "times that each batch is learnt from", 1, 1000)
     learn_fraction: float = knob(1.0, "PPO", "part of the batch that a pass over it learns "
         "from; below 1 steps are drawn, those with a large advantage more often", 0.01, 1)
     norm_adv: bool = knob(True, "PPO", "normalise the advantages of each minibatch")

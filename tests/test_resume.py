@@ -111,7 +111,8 @@ def test_a_run_that_is_over_goes_on_with_more_steps(stopped):
     events = curves(stopped)
     assert [e.step for e in events.Scalars("losses/entropy")] == list(range(64, 1921, 64))
     rates = [e.value for e in events.Scalars("charts/learning_rate")]
-    assert rates[20:] == pytest.approx([2.5e-4 * (30 - i) / 30 for i in range(20, 30)])
+    start = script.Config().learning_rate
+    assert rates[20:] == pytest.approx([start * (30 - i) / 30 for i in range(20, 30)])
 
 
 def test_a_run_that_is_over_and_is_given_no_more_steps_says_so(stopped, capsys):

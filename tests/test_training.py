@@ -56,7 +56,7 @@ def test_the_curves_have_the_fields_usual_names_over_global_steps(trained):
     for tag in ("losses/value_loss", "charts/learning_rate"):
         assert [event.step for event in events.Scalars(tag)] == [1024, 2048, 3072]
     rates = [event.value for event in events.Scalars("charts/learning_rate")]
-    assert rates == pytest.approx([2.5e-4, 2.5e-4 * 2 / 3, 2.5e-4 / 3])
+    assert rates == pytest.approx([1e-3, 1e-3 * 2 / 3, 1e-3 / 3])
     entropy = events.Scalars("losses/entropy")[0].value
     assert 1.3 < entropy < 1.39, "four actions, about equally likely at first"
 
