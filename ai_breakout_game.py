@@ -182,9 +182,10 @@ class Config:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            value, low, high = getattr(self, field.name), *map(field.metadata.get, ("low", "high"))
+            value = getattr(self, field.name)
+            low, high = field.metadata["low"], field.metadata["high"]
             number = isinstance(value, int | float) and not isinstance(value, bool)
-            if number and not (low <= value <= high and abs(value) < math.inf):
+            if number and not (low <= value <= high and value < math.inf):
                 low, high = (f"{x:,}".removesuffix(".0") for x in (low, high))
                 bounds = f"{low} or more" if high == "inf" else f"from {low} to {high}"
                 raise UserError(f"--{field.name.replace('_', '-')} must be {bounds}, not {value}")
@@ -216,11 +217,11 @@ class Config:
 # --------------------------------------------------------------------------------------------------
 
 
-# Usually there is one process; then `sum_processes`, `gather` and `broadcast` give back what they
-# get, and can be skipped. Of several, each plays a part of the games and learns from a part of each
-# minibatch. Wherever PPO sums over a minibatch (the gradient, the steps that count, the mean and
-# the spread of the advantages) `sum_processes` sums over all of them, so all have the same weights
-# at any time. The first alone logs and saves.
+# Usually there is one process; then `sum_processes`, `gather_processes` and `broadcast` give back
+# what they get, and can be skipped. Of several, each plays a part of the games and learns from a
+# part of each minibatch. Wherever PPO sums over a minibatch (the gradient, the steps that count,
+# the mean and the spread of the advantages) `sum_processes` sums over all of them, so all have the
+# same weights at any time. The first alone logs and saves.
 
 
 class Place(NamedTuple):
@@ -245,7 +246,7 @@ def sum_processes(x: Tensor) -> Tensor:
     return x
 
 
-def gather(item: Any) -> list[Any]:
+def gather_processes(item: Any) -> list[Any]:
     """The `item` of every process, by rank; [] in all but the first."""
     if place().size == 1:
         return [item]
@@ -266,7 +267,8 @@ class StopRequest:
     """Turns Ctrl-C, SIGTERM and the like into a flag: training stops between two steps."""
 
     def __enter__(self) -> StopRequest:
-        self.requested = self.signalled = False
+        self.signalled = False  # this process was told to stop
+        self.requested = False  # all stop
         signals = [signal.SIGINT, signal.SIGTERM]
         for name in ("SIGHUP", "SIGBREAK"):  # a terminal that is closed; Ctrl-Break on Windows
             signum = getattr(signal, name, None)
@@ -402,23 +404,11 @@ class WarpFrame(gym.ObservationWrapper):
         return cv2.resize(frame, (FRAME_SIZE, FRAME_SIZE), interpolation=cv2.INTER_AREA)
 
 
-class FrameStack(gym.Wrapper):
+class FrameStack(gym.wrappers.FrameStackObservation):
     """Shows the last four frames, (4, 84, 84) uint8, the newest last; a new game starts black."""
 
     def __init__(self, env: gym.Env) -> None:
-        super().__init__(env)
-        self.stack = np.zeros((FRAME_STACK, *env.observation_space.shape), np.uint8)
-        self.observation_space = gym.spaces.Box(0, 255, self.stack.shape, np.uint8)
-
-    def reset(self, **kwargs: Any) -> tuple[np.ndarray, dict]:
-        frame, info = self.env.reset(**kwargs)
-        self.stack = np.concatenate([np.zeros_like(self.stack[1:]), frame[None]])
-        return self.stack, info
-
-    def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict]:
-        frame, *rest = self.env.step(action)
-        self.stack = np.concatenate([self.stack[1:], frame[None]])
-        return self.stack, *rest
+        super().__init__(env, FRAME_STACK, padding_type="zero")
 
 
 class EpisodicLifeEnv(gym.Wrapper):
@@ -603,11 +593,10 @@ class WrappedGames(VectorGames):
 
     def start(self, slots: np.ndarray, seeds: np.ndarray) -> np.ndarray:
         """As `NativeGames.start`."""
-        seeds = [int(seed) if slot else None for slot, seed in zip(slots, seeds)]
-        frames, info = self.env.reset(seed=seeds, options={"reset_mask": slots})
+        frames, info = self.env.reset(seed=seeds.tolist(), options={"reset_mask": slots})
         self.lives = np.where(slots, info["lives"], self.lives)
         self.frame_numbers = np.where(slots, info["episode_frame_number"], self.frame_numbers)
-        self.ended, self.idle = self.ended & ~slots, self.idle * ~slots
+        self.ended[slots] = self.idle[slots] = 0
         return frames
 
     @property
@@ -684,20 +673,23 @@ class ReplayableGames:
         Every process has to call it; the first gets the games of all of them.
         """
         actions = np.array(self.actions, np.uint8).reshape(-1, self.games.num_envs)
-        parts = gather((self.seeds, self.ages, actions))
-        oldest = max((len(actions) for *_, actions in parts), default=0)
-        parts = [(*x, np.pad(y, ((oldest - len(y), 0), (0, 0)))) for *x, y in parts]
-        pairs = zip(self.SAVED, zip(*parts))
-        return {name: torch.from_numpy(np.hstack(one)) for name, one in pairs}
+        parts = gather_processes((self.seeds, self.ages, actions))
+        if not parts:  # not the first process
+            return {}
+        seeds, ages, actions = zip(*parts)
+        oldest = max(map(len, actions))
+        actions = [np.pad(steps, ((oldest - len(steps), 0), (0, 0))) for steps in actions]
+        saved = map(np.hstack, (seeds, ages, actions))
+        return {name: torch.from_numpy(one) for name, one in zip(self.SAVED, saved)}
 
     def load_state_dict(self, saved: dict[str, Tensor]) -> np.ndarray:
         """Play again what `saved` has of our games. Returns frames, (N, 4, 84, 84) uint8.
 
-        A game whose seed is younger than the oldest starts once only its own steps are left.
+        All games take the recorded actions; one that was seeded later starts anew where its own
+        begin.
         """
         ours = slice(self.first, self.first + self.games.num_envs)
-        ours = [saved[name].numpy()[..., ours].copy() for name in self.SAVED]
-        self.seeds, self.ages, actions = ours
+        self.seeds, self.ages, actions = (saved[x].numpy()[..., ours].copy() for x in self.SAVED)
         self.actions = deque(actions[len(actions) - self.ages.max() :])
         frames = self.games.start(np.ones_like(self.ages, bool), self.seeds)
         for left, step in zip(reversed(range(len(self.actions))), self.actions):
@@ -876,7 +868,7 @@ def make_rollout(num_steps: int, num_envs: int, device: torch.device) -> Rollout
     return Rollout(
         frames=zeros(shape, dtype=torch.uint8).permute(0, 1, 4, 2, 3),
         values=zeros(num_steps + 1, num_envs),
-        temperatures=zeros(size) + 1,
+        temperatures=torch.ones(size, device=device),
         actions=zeros(size, dtype=torch.int64),
         log_probs=zeros(size), rewards=zeros(size), **flags,
     )  # fmt: skip
@@ -1015,7 +1007,7 @@ def masked_moments(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     count = count.clamp(min=1e-8)
     mean = summed / count
     spread = sum_processes(((x - mean).square() * weights).sum())
-    # The mean took one step's freedom, or with weights so much of theirs: Kish 1965.
+    # Unbiased: the mean uses up one degree of freedom, with weights sum(w^2) / sum(w) (Kish 1965).
     return mean, spread / (count - squares / count).clamp(min=1e-8), count
 
 
@@ -1130,7 +1122,7 @@ def mean_metrics(state: TrainState, batch: Batch, history: list[Tensor]) -> dict
     """Means over an update, and the variance explained. RunError once one is not finite."""
     _, unexplained, _ = masked_moments(batch.returns - batch.values, batch.mask)
     explained = 1 - unexplained / masked_moments(batch.returns, batch.mask)[1].clamp(min=1e-8)
-    # Only looked at for being finite: one weight that is no number makes their sum none.
+    # Only looked at for being finite: one weight that is NaN or infinite makes their sum so.
     weights = sum(parameter.detach().sum() for parameter in state.agent.parameters())
     # Numbers leave the device once an update: a GPU has to be waited for each time.
     numbers = torch.cat([torch.stack(history).mean(0), explained[None], weights[None]]).tolist()
@@ -1233,11 +1225,11 @@ def read_file(path: Path, kind: str, bare: bool = False) -> Any:
             size = sum(entry.file_size for entry in entries)
             if size > len(data) or any(entry.compress_type for entry in entries):
                 raise ValueError("packed")
-            if comment.startswith(SEAL[:17]) and not comment.startswith(SEAL):
+            if comment.startswith(SEAL.split()[0]) and not comment.startswith(SEAL):
                 raise ValueError("another version of this program saved it")
             length = len(seal(b""))
             sealed = data[-length:] == seal(data[:-length])
-            bare &= data[-22:-18] == b"PK\5\6" and data[-2:] == b"\0\0"  # no comment
+            bare &= data[-22:-18] == b"PK\5\6" and data[-2:] == b"\0\0"  # the archive ends there
             if not sealed and (not bare or archive.testzip()):
                 raise ValueError("its checksum does not match")
         with warnings.catch_warnings(action="ignore"):
@@ -1376,8 +1368,8 @@ class Logger:
         from torch.utils.tensorboard.summary import hparams
 
         # The thread that writes would print a traceback; `flush` says in a line what it died of.
-        others = threading.__excepthook__
-        threading.excepthook = lambda x: "AsyncWriter" in repr(x.thread) or others(x)
+        hook = threading.__excepthook__
+        threading.excepthook = lambda x: "AsyncWriter" in repr(x.thread) or hook(x)
         # Files are read in the order of the seconds in their names, and the clock may be set back.
         now, old = int(time.time()), sorted(self.folder.glob("events.out.tfevents.*"), reverse=True)
         for seconds, path in enumerate(old, 1):
@@ -1414,10 +1406,10 @@ class Logger:
             self.writer, self.due = None, time.monotonic() + self.RETRY
             return False
 
-    def log_games(self, state: TrainState, over: list[tuple[int, FinishedGame]]) -> None:
+    def log_games(self, state: TrainState, finished: list[tuple[int, FinishedGame]]) -> None:
         """Count the games that ended in the last rollout, each at the step it ended at."""
         start, now = state.global_step - self.config.batch_size, time.time()
-        for t, game in over:
+        for t, game in finished:
             state.games += 1
             state.scores.append(game.score)  # `mean_return` follows
             step = start + t * self.config.num_envs
@@ -1467,8 +1459,8 @@ class Checkpoints:
 
     def keep(self, state: TrainState, replay: dict[str, Tensor], logger: Logger) -> None:
         """Copy all that a resume needs: 20 MB and N bytes a step to replay, some milliseconds."""
-        others = {"replay": replay, "pending": list(logger.pending)}
-        self.content = state.state_dict() | {"config": self.knobs} | others
+        others = {"config": self.knobs, "replay": replay, "pending": list(logger.pending)}
+        self.content = state.state_dict() | others
 
     def keep_model(self, path: Path) -> None:
         """Have the next `write` also write the model that is kept now to `path`."""
@@ -1482,7 +1474,7 @@ class Checkpoints:
         files = [(self.folder / self.NEWEST, self.content, self.folder / self.PREVIOUS)]
         files += [(path, model, None) for path, model in self.models.items()]
         self.due = time.monotonic() + self.seconds
-        failed = 0
+        saved = True
         for path, content, keep in files:
             try:
                 save_file(content, path, keep)
@@ -1490,8 +1482,8 @@ class Checkpoints:
             except OSError as error:
                 say(f"could not save {path} ({error.strerror})")
                 self.due = time.monotonic() + min(self.seconds, self.RETRY)
-                failed += 1
-        return not failed
+                saved = False
+        return saved
 
     @classmethod
     def read(cls, folder: Path) -> tuple[dict[str, Any], str]:
@@ -1631,11 +1623,11 @@ def find_run(name: str) -> Path:
     """The folder of the run `name`: a path, a name in runs/, or latest. Raises UserError."""
     folders = [Path(name), Path("runs") / name] if name else []
     if name == "latest":
-        saved: dict[Path, float] = {}
+        saved = []
         for path in Path("runs").glob("*/checkpoint*.pt"):
             with contextlib.suppress(OSError):  # it is being renamed
-                saved[path.parent] = max(path.stat().st_mtime, saved.get(path.parent, 0))
-        folders = sorted(saved, key=saved.get, reverse=True)
+                saved.append((path.stat().st_mtime, path.parent))
+        folders = [folder for _, folder in sorted(saved, reverse=True)]
     for folder in folders:
         if os.path.isdir(folder):  # False, not an error, for a name that no folder can have
             return folder
@@ -1812,17 +1804,19 @@ def updates(
 ) -> Iterator[tuple[float, list[tuple[int, FinishedGame]], dict[str, float]]]:
     """Play and learn, again and again, until the last update or `stop`: the whole of PPO.
 
-    Yields after each update, in every process: learning rate, games that ended, losses.
+    Yields after each update, in every process: learning rate, games that ended (those of all
+    processes, in the first alone), losses.
     """
     while state.update < config.num_updates and not stop.agreed():
         learning_rate = anneal(config, state)
-        over = gather(collect_rollout(state, games, rollout, stop))
+        finished = gather_processes(collect_rollout(state, games, rollout, stop))
         losses = update(state, rollout, config, stop)
         if stop.requested:  # in its midst: a resume begins it anew
             return
         state.update += 1
         state.global_step += config.batch_size
-        yield learning_rate, sorted(itertools.chain(*over), key=lambda x: x[0]), losses
+        finished = sorted(itertools.chain(*finished), key=lambda x: x[0])
+        yield learning_rate, finished, losses
 
 
 def train(config: Config, run: Run | None = None) -> None:
@@ -1840,8 +1834,8 @@ def train(config: Config, run: Run | None = None) -> None:
     with locked(run.folder), StopRequest() as stop, watchdog(games.games, checkpoints.write):
         checkpoints.write()
         try:
-            for learning_rate, over, losses in updates(config, state, games, rollout, stop):
-                logger.log_games(state, over)
+            for learning_rate, finished, losses in updates(config, state, games, rollout, stop):
+                logger.log_games(state, finished)
                 logger.log_update(state, learning_rate, losses)
                 is_best = state.games >= 100 and state.mean_return > state.best_return
                 state.best_return = state.mean_return if is_best else state.best_return
@@ -1911,7 +1905,7 @@ def run_episodes(
     agent: nn.Module, games: NativeGames | WrappedGames, config: Config, seed: int
 ) -> Iterator[Moment]:
     """Play for ever, all N games at once: the one game loop, for watching, recording, measuring."""
-    device = pick_device(config.device)
+    device = agent.actor.weight.device
     generator = torch.Generator(device).manual_seed(seed)
     frames = games.reset(seed)
     while True:
@@ -1959,15 +1953,15 @@ def evaluate(config: Config) -> Path:
     check_writable(report.parent)
     games = make_vector_env(game, slots, config.multithreading)
 
-    shares = [len(range(slot, config.evaluate, slots)) for slot in range(slots)]
+    shares = [config.evaluate // slots + (i < config.evaluate % slots) for i in range(slots)]
     played: list[FinishedGame] = []
     progress = Progress(config.evaluate, "game")
     with watchdog(games):
         for moment in run_episodes(agent, games, config, config.seed):
-            for over in moment.result.finished:
-                if shares[over.slot]:
-                    shares[over.slot] -= 1
-                    played.append(over)
+            for one in moment.result.finished:
+                if shares[one.slot]:
+                    shares[one.slot] -= 1
+                    played.append(one)
                     progress.advance(1, f"mean {np.mean([one.score for one in played]):.2f}")
             if not any(shares):
                 break
@@ -2239,7 +2233,7 @@ class Player:
             ctypes.CDLL("libX11-xcb.so.1", mode=ctypes.RTLD_GLOBAL)
         self.view, self.speed = view, 1.0
         self.paused = self.help = self.quit = self.restart = False
-        self.steps_left = 0  # frames to show although paused
+        self.frames_left = 0  # to show although paused
         self.recorder: Recorder | None = None
         self.recordings = 0
         self.message, self.message_until = "h: keys", time.monotonic() + 4
@@ -2283,7 +2277,7 @@ class Player:
         elif key == " ":
             self.paused = not self.paused
         elif key == ".":
-            self.steps_left = FRAME_SKIP
+            self.frames_left = FRAME_SKIP
         elif key == "h":
             self.help = not self.help
         elif key == "n" and self.recorder is None:  # a film has one size
@@ -2342,11 +2336,11 @@ class Player:
         self.count += 1
         if self.count % max(1, round(self.speed)) == 0:  # faster than the screen: show every nth
             self.draw(picture)
-            period = max(1, self.speed) / (EMULATOR_FPS * self.speed)
+            period = 1 / (EMULATOR_FPS * min(1, self.speed))
             self.due = max(self.due + period, time.monotonic() - 0.1)  # never race after a pause
             self.wait(self.due - time.monotonic())
-        self.steps_left = max(0, self.steps_left - 1)
-        while self.paused and not (self.steps_left or self.quit or self.restart):
+        self.frames_left = max(0, self.frames_left - 1)
+        while self.paused and not (self.frames_left or self.quit or self.restart):
             self.draw(self.view.picture(rgb))
             self.wait(0.03)
             self.due = time.monotonic()
@@ -2359,8 +2353,7 @@ def play(config: Config) -> None:
     if not can_open_window():
         name = f"ai_breakout_game-{time.strftime('%Y%m%d-%H%M%S')}.mp4"
         print(f"There is no display to open a window on: recording one game to {name} instead.")
-        whole_game = {"episodes": 1, "seconds": None, "skip": 0}
-        record(dataclasses.replace(config, run=False, record=name, **whole_game))
+        record(dataclasses.replace(config, run=False, record=name))
         return
     games = WrappedGames(game, 1, keep_rgb=True)
     view = View(games.action_names, 3, config.panel)
@@ -2423,8 +2416,8 @@ def build_parser() -> argparse.ArgumentParser:
     hints = get_type_hints(Config)
     for field in dataclasses.fields(Config):
         name, flag = field.metadata["group"], f"--{field.name.replace('_', '-')}"
-        group = groups.get(name) or parser.add_argument_group(titles.get(name, name))
-        groups[name] = group
+        if name not in groups:
+            groups[name] = parser.add_argument_group(titles.get(name, name))
         kind = (get_args(hints[field.name]) or (hints[field.name],))[0]  # float of float | None
         metavar = {int: "N", float: "X", str: "NAME"}.get(kind)
         options: dict[str, Any] = {"type": kind, "metavar": metavar}
@@ -2432,11 +2425,11 @@ def build_parser() -> argparse.ArgumentParser:
         if kind is bool:
             default = {True: "yes", False: "no", None: None}[default]
             options = {"type": parse_bool, "nargs": "?", "const": True, "metavar": "yes|no"}
-        elif default not in (None, "") and kind is not str:
+        elif default is not None and kind is not str:
             default = f"{default:,}" if kind is int else f"{default:g}"
         text = field.metadata["help"].replace("%", "%%")
         text += "" if default in (None, "") else f" (default: {default})"
-        group.add_argument(flag, default=argparse.SUPPRESS, help=text, **options)
+        groups[name].add_argument(flag, default=argparse.SUPPRESS, help=text, **options)
     return parser
 
 

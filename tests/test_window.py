@@ -282,7 +282,7 @@ def test_the_true_speed_is_sixty_frames_a_second():
     waits = []
     player.view, player.speed, player.paused = view, 1.0, False
     player.quit = player.restart = False
-    player.recorder, player.count, player.steps_left = None, 0, 0
+    player.recorder, player.count, player.frames_left = None, 0, 0
     player.draw = lambda picture: None
     player.wait = lambda seconds: (waits.append(seconds), time.sleep(max(0, seconds)))
     player.due = start = time.monotonic()
