@@ -2441,6 +2441,8 @@ def check_mode(given: dict[str, Any]) -> None:
         raise UserError("--record= needs the name of a file, .gif or .mp4")
     if given.get("evaluate") == 0:
         raise UserError("--evaluate=0 plays no game: leave it out to train")
+    if {"episodes", "seconds"} <= given.keys():
+        raise UserError("of --episodes and --seconds ask for one")
     modes = {"run": "--run", "evaluate": "--evaluate=N", "record": "--record=NAME"}
     needs = {"playing": list(modes), "recording": ["record"]}
     for field in dataclasses.fields(Config):

@@ -96,6 +96,7 @@ def test_the_defaults_are_the_configs():
         (["--record=a.gif", "--skip=1e308"], "--skip must be"),
         (["--record="], "needs the name of a file"),
         (["--record=a.gif", "--skip=-1"], "--skip must be"),
+        (["--record=a.gif", "--seconds=5", "--episodes=2"], "of --episodes and --seconds ask for"),
         (["--seconds=5"], "--seconds is for recording: add --record=NAME"),
         (["--run=1", "--skip=5"], "--skip is for recording: add --record=NAME"),
         (["--greedy"], "--greedy is for playing: add --run or --evaluate=N or --record=NAME"),
