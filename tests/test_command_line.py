@@ -31,7 +31,7 @@ def test_every_knob_is_a_flag_with_help_group_and_default():
     for field in dataclasses.fields(script.Config):
         assert f"--{field.name.replace('_', '-')} " in text
         assert len(field.metadata["help"]) > 15
-    assert "(default: 10,000,000)" in text and "(default: 0.001)" in text
+    assert "(default: 5,000,000)" in text and "(default: 0.001)" in text
     for title in ("what to do", "game and machine", "playing", "recording", "training", "PPO"):
         assert f"\n{title}" in text
 
