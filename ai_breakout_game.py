@@ -141,7 +141,7 @@ class Config:
     skip: float = knob(0.0, "recording", "seconds that pass before a recording begins", 0, 10**6)
 
     total_timesteps: int = knob(5_000_000, "training", "steps to train, all games together, in "
-        "whole updates; on Breakout they bring 405 points, a human's 30 after 0.8 M", 1, 10**12)
+        "whole updates; on Breakout 5 M bring 405 points, a human's 30 after 0.9 M", 1, 10**12)
     num_envs: int = knob(8, "training", "games played at once", 1, 4096)
     precision: str = knob("auto", "training", "what large layers compute in: float32, bfloat16 or "
         "auto, which takes bfloat16 where the device multiplies it fast")
