@@ -343,7 +343,7 @@ def test_seeding_anew_cuts_no_game_off_and_loses_no_score(kind):
 @pytest.mark.slow
 def test_the_curves_of_ten_million_steps_stay_below_50_megabytes(tmp_path):
     """With a game over every 200 steps, as at the start: later they are longer, so fewer."""
-    config = script.Config()
+    config = script.Config(total_timesteps=10_000_000)
     game = script.find_game(config)
     state = script.make_state(config, game, torch.device("cpu"))
     logger = script.Logger(tmp_path, config, state)
