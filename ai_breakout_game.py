@@ -70,23 +70,25 @@ with contextlib.suppress(OSError, AttributeError):
     for option, value in ((-3, 32 * 2**20), (-1, 2**31 - 1)):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
         ctypes.CDLL("libc.so.6").mallopt(option, value)
 
-import ale_py
-import gymnasium as gym
-import numpy as np
-import torch
-import torch.distributed as dist
-from ale_py.env import AtariEnv
-from ale_py.roms import get_rom_path
-from ale_py.vector_env import AtariVectorEnv
-from filelock import FileLock, Timeout
-from torch import Tensor, nn
-from tqdm import tqdm
-
 try:
+    import ale_py
     import cv2
-except ImportError as error:  # a server or a container without the system libraries that it needs
+    import gymnasium as gym
+    import numpy as np
+    import torch
+    import torch.distributed as dist
+    from ale_py.env import AtariEnv
+    from ale_py.roms import get_rom_path
+    from ale_py.vector_env import AtariVectorEnv
+    from filelock import FileLock, Timeout
+    from torch import Tensor, nn
+    from tqdm import tqdm
+except ModuleNotFoundError as error:
+    hint = "start the environment that it was installed in, or `pip install -r requirements.txt`"
+    sys.exit(f"{error}: {hint}")
+except ImportError as error:  # a server or a container without the system libraries of OpenCV
     hint = "on Debian or Ubuntu, `apt-get install libgl1 libglib2.0-0 libsm6 libxext6` may mend it"
-    sys.exit(f"OpenCV does not start ({error}): {hint}")
+    sys.exit(f"a library does not start ({error}): {hint}")
 
 gym.register_envs(ale_py)
 ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)  # no banner for every game
@@ -288,7 +290,7 @@ class StopRequest:
             self.requested = True
 
     def agreed(self) -> bool:
-        """Whether to stop now: between two updates, all processes do if one of them was told to."""
+        """Whether to stop now: all processes do if one of them was told to. Each has to ask."""
         if place().size > 1:
             self.requested = bool(sum_processes(torch.tensor(int(self.signalled))))
         return self.requested
@@ -946,7 +948,8 @@ def collect_rollout(
     r.frames[0] = r.frames[-1]
     with state.agent.autocast():  # weights are converted once, not at every step
         for t in range(num_steps):
-            if stop.requested:
+            # Several ask each other, 0.2 ms, often enough for torchrun, which kills after 30 s.
+            if stop.requested or (t % 8 == 0 and stop.agreed()):
                 return []
             r.temperatures[t] = policy_temperatures(games.idle, state.agent.patience)
             seen = (state.agent, r.frames[t], r.temperatures[t], noise[t])
@@ -1159,7 +1162,7 @@ def update(
         keys = keys.view(place().size, -1)[place().rank]
         steps = draw_steps(batch, size * c.num_minibatches, keys)
         for pick, mask in zip(*(x.split(size) for x in steps)):
-            if stop.requested:
+            if stop.agreed():
                 return {}
             # index_select copies whole frames, ten times as fast as [pick], in their memory order.
             frames = pixels.index_select(0, pick).permute(0, 3, 1, 2)
@@ -1277,7 +1280,8 @@ def load_agent(path: Path, game: Game) -> Agent:
         shape = "missing" if found is None else tuple(found.shape)
         if shape != wanted:
             raise UserError(f"{path} does not fit {game.rom}: {name} is {shape}, not {wanted}")
-        plain = found.is_floating_point() and found.layout == torch.strided and not found.is_meta
+        plain = found.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+        plain &= found.layout == torch.strided and not found.is_meta
         if not plain or not found.isfinite().all():
             raise UserError(f"{path} is not a model: not all in {name} are numbers")
     agent.load_state_dict(weights, strict=False)  # names that the network does not know are let be
@@ -1422,9 +1426,12 @@ class Logger:
 
     def log_update(self, state: TrainState, learning_rate: float, losses: dict[str, float]) -> None:
         """What an update brought that has just ended."""
-        text = f"mean score {state.mean_return:.2f} in {counted(state.games, 'game')}"
+        text = "no game is over yet"
+        if state.scores:
+            over = counted(len(state.scores), "game")
+            text = f"mean score of the last {over} {state.mean_return:.2f}"
         steps = state.global_step - self.progress.done
-        self.progress.advance(steps, text if state.games else "no game is over yet")
+        self.progress.advance(steps, text)
         metrics = {f"losses/{name}": value for name, value in losses.items()}
         metrics |= {"charts/learning_rate": learning_rate, "charts/SPS": self.progress.speed}
         now = time.time()
@@ -1645,7 +1652,7 @@ def resumed_config(given: dict[str, Any], knobs: dict[str, Any]) -> Config:
         had = knobs.get(name, getattr(Config, name))  # runs of an older version lack new knobs
         if name not in RESUME_KNOBS and value != had:
             flag = f"--{name.replace('_', '-')}"
-            had = "none" if had in ("", None) else had
+            had = {"": "none", None: "its default"}.get(had, had)
             raise UserError(f"{flag}={value} would make it another run: it has {had}")
     total = knobs["total_timesteps"]
     if given.get("total_timesteps", total) < total:
@@ -1726,13 +1733,16 @@ def print_summary(
         best = f", at best {best:.2f}" if math.isfinite(best) else ""
         over = counted(len(content["scores"]), "game")
         say(f"mean score of the last {over} {content['mean_return']:.2f}{best}")
-    script, folder = f"python3 {shlex.quote(sys.argv[0])}", shlex.quote(str(run.folder))
-    say(f"  curves   tensorboard --logdir {shlex.quote(str(run.folder.parent))}")
+    # With slashes: Windows takes them too, while its cmd knows no quotes like those of `quote`.
+    script, folder, runs = (
+        shlex.quote(path.as_posix()) for path in (Path(sys.argv[0]), run.folder, run.folder.parent)
+    )
+    say(f"  curves   tensorboard --logdir {runs}")
     if path.exists():
         say(f"  weights  {path}")
-        say(f'  watch    {script} --run=1 --model-filename="{path.name}"{env_flag(config)}')
+        say(f'  watch    python3 {script} --run=1 --model-filename="{path.name}"{env_flag(config)}')
     more = f" --total-timesteps={2 * content['global_step']}" if trained else ""
-    say(f"  go on    {script} --resume={folder}{more}")
+    say(f"  go on    python3 {script} --resume={folder}{more}")
 
 
 def bring_back(state: TrainState, games: ReplayableGames, run: Run) -> np.ndarray:
@@ -1839,7 +1849,8 @@ def train(config: Config, run: Run | None = None) -> None:
                 logger.log_games(state, finished)
                 logger.log_update(state, learning_rate, losses)
                 is_best = state.games >= 100 and state.mean_return > state.best_return
-                state.best_return = state.mean_return if is_best else state.best_return
+                if is_best:
+                    state.best_return = state.mean_return
                 checkpoints.keep(state, games.state_dict(), logger)
                 if is_best:
                     checkpoints.keep_model(run.folder / "best.mdl")
@@ -1863,6 +1874,7 @@ def resume(given: dict[str, Any]) -> None:
         saved, problem = Checkpoints.read(folder)
         try:
             config = resumed_config(given, saved["config"])
+            pick_device(config.device)  # refused before a file is touched
             Checkpoints.clear(folder, problem)
         except (KeyError, TypeError) as error:
             raise UserError(f"{folder}/ holds no checkpoint of this program: {error!r}") from None
@@ -2509,8 +2521,10 @@ def main(argv: list[str] | None = None) -> int:
             with all_processes():
                 train(config)
         return 0
-    # OSError: a disk without room for a folder; the last: a GPU without room for what is computed.
-    except (UserError, RunError, OSError, torch.OutOfMemoryError) as error:
+    # OSError: a disk without room for a folder.
+    except (UserError, RunError, OSError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise  # a mistake in this file; else torch found no room for what it computes
         text = "".join(x if x.isprintable() else repr(x)[1:-1] for x in str(error))
         text = text if len(text) <= 300 else f"{text[:200]} ... {text[-90:]}"
         print(f"{Path(sys.argv[0]).name}: {text}", file=sys.stderr)

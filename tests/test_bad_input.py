@@ -206,6 +206,7 @@ def strange_files(agent):
         "weights of text": torch_file({"weights": "x"}),
         "keys are numbers": torch_file({1: torch.zeros(2)}),
         "nan": torch_file(weights | {first: weights[first] * float("nan")}),
+        "float8": torch_file(weights | {first: weights[first].to(torch.float8_e4m3fn)}),
         "infinite": torch_file(weights | {"critic.bias": torch.tensor([float("inf")])}),
         "huge": torch_file(weights | {"actor.weight": huge_tensor()}),
         "sparse": torch_file(weights | {first: weights[first].to_sparse()}),

@@ -2,7 +2,10 @@
 
 import dataclasses
 import os
+import subprocess
+import sys
 
+import numpy as np
 import pytest
 import torch
 from conftest import run_script
@@ -124,6 +127,15 @@ def test_a_system_without_the_libraries_of_opencv_gets_one_line(tmp_path):
     assert "libGL.so.1" in done.stderr and "apt-get install libgl1" in done.stderr
 
 
+def test_a_package_that_is_not_installed_gets_one_line(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-S", script.__file__],  # without what pip installed
+        cwd=tmp_path, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 1 and done.stdout == "" and done.stderr.count("\n") == 1
+    assert "No module named" in done.stderr and "pip install -r requirements.txt" in done.stderr
+
+
 @pytest.mark.parametrize("name", ["runs", "models"])
 def test_a_folder_that_cannot_be_written_to_is_named_before_anything_starts(capsys, name):
     with open(name, "w") as file:
@@ -149,14 +161,29 @@ def test_the_file_works_alone_in_an_empty_folder(tmp_path):
     assert (tmp_path / "models" / "ai_breakout_game8.mdl").is_file()
 
 
-def test_a_gpu_without_room_gets_one_line(capsys, monkeypatch):
-    def train(config):
-        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB.")
+def out_of_gpu_memory(config):
+    raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB.")
 
+
+@pytest.mark.parametrize(
+    ("train", "said"),
+    [
+        (out_of_gpu_memory, "CUDA out of memory"),
+        (lambda config: torch.empty(2**50), "memory"),
+        (lambda config: np.empty(2**50), "Unable to allocate"),
+    ],
+)
+def test_memory_without_room_gets_one_line(capsys, monkeypatch, train, said):
     monkeypatch.setattr(script, "train", train)
     assert script.main([]) == 1
     errors = capsys.readouterr().err
-    assert "CUDA out of memory" in errors and errors.count("\n") == 1
+    assert said in errors and errors.count("\n") == 1
+
+
+def test_a_mistake_in_the_file_itself_is_not_hidden(monkeypatch):
+    monkeypatch.setattr(script, "train", lambda config: torch.zeros(2) @ torch.zeros(3))
+    with pytest.raises(RuntimeError, match="size"):
+        script.main([])
 
 
 def test_requirements_and_inline_metadata_name_the_same_versions():

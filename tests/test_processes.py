@@ -114,6 +114,18 @@ def test_ctrl_c_stops_all_and_more_processes_may_go_on(tmp_path):
     assert checkpoint_of(tmp_path)["update"] > stopped
 
 
+@pytest.mark.slow
+def test_several_processes_stop_in_the_midst_of_an_update(tmp_path):
+    """torchrun kills what has not ended after 30 seconds, and an update may take longer."""
+    process = torchrun(2, *KNOBS, "--num-steps=16384", cwd=tmp_path)
+    while not list(tmp_path.glob("runs/*/checkpoint.pt")):  # written when the first update begins
+        time.sleep(0.1)
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert "Stopped after 0 steps" in output
+
+
 def test_games_that_cannot_be_split_are_refused_in_a_line(tmp_path):
     process = torchrun(2, *KNOBS, "--num-envs=3", cwd=tmp_path)
     output, _ = process.communicate(timeout=60)

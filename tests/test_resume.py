@@ -167,6 +167,7 @@ def test_a_resume_with_nothing_left_to_do_writes_the_weights_once_more(stopped):
     [
         ("--num-envs=4", "--num-envs=4 would make it another run: it has 2"),
         ("--model-filename=x.mdl", "--model-filename=x.mdl would make it another run: it has none"),
+        ("--patience=3", "--patience=3.0 would make it another run: it has its default"),
         ("--gamma=0.98", "--gamma=0.98"), ("--seed=4", "--seed=4"),
         ("--multithreading=no", "--multithreading=False"),
         ("--env-id=ALE/Pong-v5", "--env-id=ALE/Pong-v5"),
@@ -233,9 +234,13 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(stopped, capsy
     assert torch.load(stopped / "checkpoint.pt", weights_only=True)["global_step"] == 1280
 
 
-def test_a_mistake_leaves_a_damaged_checkpoint_where_it_is(stopped, capsys):
+@pytest.mark.parametrize(
+    ("flag", "said"), [("--seed=9", "another run"), ("--device=none", "--device=none")]
+)
+def test_a_mistake_leaves_a_damaged_checkpoint_where_it_is(stopped, capsys, flag, said):
     flip_a_bit(stopped / "checkpoint.pt")
-    assert "another run" in complaint(capsys, "--resume=latest", "--seed=9")
+    assert said in complaint(capsys, "--resume=latest", flag)
+    assert (stopped / "checkpoint.pt").exists() and not (stopped / "checkpoint.damaged.pt").exists()
 
 
 def test_two_damaged_checkpoints_get_one_line(stopped, capsys):
