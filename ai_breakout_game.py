@@ -15,8 +15,8 @@
     tensorboard --logdir runs
 
 The default flags bring 405 and 401 points (two runs) in five million steps: 75 minutes on one fast
-core, 4 h 40 min on two slow ones. The agent that ships took 54.3 million, in thirteen parts with
-other flags (models/README.md), and scores 677.8 +- 38.3 (means of 100 games; a human 31.8, random
+core, 4 h 40 min on two slow ones. The agent that ships took 80.4 million, in fourteen parts with
+other flags (models/README.md), and scores 702.4 +- 37.8 (means of 100 games; a human 31.8, random
 buttons 1.7).
 
 The file reads once, from top to bottom: configuration, several processes, the game and its
