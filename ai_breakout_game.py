@@ -269,9 +269,10 @@ def broadcast(item: Any) -> Any:
 class StopRequest:
     """Turns Ctrl-C, SIGTERM and the like into a flag: training stops between two steps."""
 
+    signalled = False  # this process was told to stop
+    requested = False  # all stop
+
     def __enter__(self) -> StopRequest:
-        self.signalled = False  # this process was told to stop
-        self.requested = False  # all stop
         signals = [signal.SIGINT, signal.SIGTERM]
         for name in ("SIGHUP", "SIGBREAK"):  # a terminal that is closed; Ctrl-Break on Windows
             signum = getattr(signal, name, None)

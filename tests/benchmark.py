@@ -30,10 +30,6 @@ MINIBATCHES = 4
 WARM_UP = 2  # updates that are not measured: compiling, the first pages of memory
 
 
-class NeverStop:
-    requested = False
-
-
 def our_parts(args):
     """The script's own pieces, as `train` puts them together."""
     sys.path.insert(0, str(SCRIPT_FOLDER))
@@ -84,8 +80,8 @@ def ours(args):
 
         def one_update():
             rate = script.anneal(config, state)
-            over = script.collect_rollout(state, games, rollout, NeverStop())
-            losses = script.update(state, rollout, config, NeverStop())
+            over = script.collect_rollout(state, games, rollout, script.StopRequest())
+            losses = script.update(state, rollout, config, script.StopRequest())
             state.global_step += config.batch_size
             logger.log_games(state, over)
             logger.log_update(state, rate, losses)
@@ -108,7 +104,7 @@ def collect(args):
     for update in range(WARM_UP + args.updates):
         if update == WARM_UP:
             start = clock(script, args)
-        script.collect_rollout(state, games, rollout, NeverStop())
+        script.collect_rollout(state, games, rollout, script.StopRequest())
     return args.updates * config.batch_size / (clock(script, args) - start)
 
 
@@ -129,7 +125,7 @@ def acting(args):
     for update in range(WARM_UP + args.updates):
         if update == WARM_UP:
             start = clock(script, args)
-        script.collect_rollout(state, still, rollout, NeverStop())
+        script.collect_rollout(state, still, rollout, script.StopRequest())
     return args.updates * config.batch_size / (clock(script, args) - start)
 
 
@@ -149,11 +145,11 @@ def emulator(args):
 def learner(args):
     """Samples a second, forward and backward, of the update alone."""
     script, config, games, state, rollout = our_parts(args)
-    script.collect_rollout(state, games, rollout, NeverStop())
+    script.collect_rollout(state, games, rollout, script.StopRequest())
     for update in range(WARM_UP + args.updates):
         if update == WARM_UP:
             start = clock(script, args)
-        script.update(state, rollout, config, NeverStop())
+        script.update(state, rollout, config, script.StopRequest())
     return args.updates * config.batch_size * args.epochs / (clock(script, args) - start)
 
 

@@ -12,10 +12,6 @@ import ai_breakout_game as script
 CPU = torch.device("cpu")
 
 
-class NeverStop:
-    requested = False
-
-
 def random_steps(num_steps=12, num_envs=3, seed=0):
     """Rewards, values, terminations, cut-offs: (T, N) tensors, values one longer."""
     rng = torch.Generator().manual_seed(seed)
@@ -290,8 +286,8 @@ def learn(updates, seed=1, multithreading=True):
     """The weights after some updates."""
     config, games, state, rollout = small_run(seed=seed, multithreading=multithreading)
     for _ in range(updates):
-        script.collect_rollout(state, games, rollout, NeverStop())
-        script.update(state, rollout, config, NeverStop())
+        script.collect_rollout(state, games, rollout, script.StopRequest())
+        script.update(state, rollout, config, script.StopRequest())
     return torch.cat([p.flatten() for p in state.agent.parameters()])
 
 
@@ -304,16 +300,16 @@ def test_the_same_seed_gives_the_same_weights_bit_for_bit(multithreading):
 
 def test_a_rollout_starts_where_the_last_one_ended():
     _, games, state, rollout = small_run()
-    script.collect_rollout(state, games, rollout, NeverStop())
+    script.collect_rollout(state, games, rollout, script.StopRequest())
     last = rollout.frames[-1].clone()
-    script.collect_rollout(state, games, rollout, NeverStop())
+    script.collect_rollout(state, games, rollout, script.StopRequest())
     assert torch.equal(rollout.frames[0], last)
     assert rollout.frames[1:].float().std() > 0
 
 
 def test_a_rollout_says_what_was_decided_and_which_games_ended():
     _, games, state, rollout = small_run(max_frames=4 * 10)
-    over = script.collect_rollout(state, games, rollout, NeverStop())
+    over = script.collect_rollout(state, games, rollout, script.StopRequest())
     assert [(t, game.slot, game.length) for t, game in over] == [(10, 0, 10), (10, 1, 10)]
     assert rollout.dones[9].all() and not rollout.terminated[9].any()
     assert not rollout.decided[10].any() and rollout.decided[:10].all()
@@ -329,7 +325,7 @@ def test_learning_makes_rewarded_actions_likelier_and_returns_foreseen(fraction)
     rollout.dones[:] = rollout.terminated[:] = rollout.decided[:] = True
     rollout.log_probs[:] = math.log(0.25)
     for _ in range(8):
-        losses = script.update(state, rollout, config, NeverStop())
+        losses = script.update(state, rollout, config, script.StopRequest())
         logits, values = state.agent(rollout.frames[:-1].flatten(0, 1))
         log_probs = logits.detach().log_softmax(-1)
         rollout.values[:-1] = values.detach().reshape(16, 2)
@@ -353,7 +349,7 @@ def test_a_lost_life_costs_what_it_is_said_to_and_a_cut_off_nothing(cost):
         return loss(agent, batch, *others)
 
     state.loss = look
-    script.update(state, rollout, config, NeverStop())
+    script.update(state, rollout, config, script.StopRequest())
     first, returns = (torch.cat(x) for x in zip(*seen))
     assert first.sum() == len(first) / 2
     torch.testing.assert_close(returns, torch.where(first, 1 - cost, 1.0))
@@ -362,11 +358,11 @@ def test_a_lost_life_costs_what_it_is_said_to_and_a_cut_off_nothing(cost):
 def test_what_was_played_in_heat_is_learnt_in_the_same_heat():
     config, games, state, rollout = small_run(patience=4, learning_rate=0.0)
     state.agent.actor.weight.data *= 100  # so that the heat makes a difference
-    script.collect_rollout(state, games, rollout, NeverStop())
+    script.collect_rollout(state, games, rollout, script.StopRequest())
     assert rollout.temperatures[:4].max() == 1 and rollout.temperatures.max() >= 3
-    assert abs(script.update(state, rollout, config, NeverStop())["approx_kl"]) < 1e-6
+    assert abs(script.update(state, rollout, config, script.StopRequest())["approx_kl"]) < 1e-6
     rollout.temperatures[:] = 1
-    assert script.update(state, rollout, config, NeverStop())["approx_kl"] > 1e-3
+    assert script.update(state, rollout, config, script.StopRequest())["approx_kl"] > 1e-3
 
 
 def test_a_sharpened_agent_thinks_alike_but_hesitates_less():
@@ -391,8 +387,8 @@ def test_a_target_kl_ends_an_update_early():
         step()
 
     state.optimizer.step = count
-    script.collect_rollout(state, games, rollout, NeverStop())
-    script.update(state, rollout, config, NeverStop())
+    script.collect_rollout(state, games, rollout, script.StopRequest())
+    script.update(state, rollout, config, script.StopRequest())
     assert steps == config.num_minibatches, "one epoch of two"
 
 
@@ -407,8 +403,8 @@ def test_the_gradient_is_clipped_as_a_whole():
         step()
 
     state.optimizer.step = measure
-    script.collect_rollout(state, games, rollout, NeverStop())
-    script.update(state, rollout, config, NeverStop())
+    script.collect_rollout(state, games, rollout, script.StopRequest())
+    script.update(state, rollout, config, script.StopRequest())
     assert len(norms) == 4 and max(norms) <= 1.01e-3
 
 
@@ -427,13 +423,11 @@ def test_the_learning_rate_falls_in_a_line_to_zero_if_it_falls(anneal):
 def test_a_stop_leaves_the_weights_between_two_steps():
     config, games, state, rollout = small_run()
     before = copy.deepcopy(state.agent.state_dict())
-
-    class StopNow:
-        requested = True
-
-    script.collect_rollout(state, games, rollout, StopNow())
+    stop = script.StopRequest()
+    stop.requested = True
+    script.collect_rollout(state, games, rollout, stop)
     assert not rollout.frames[1:-1].any(), "no step was taken"
-    assert script.update(state, rollout, config, StopNow()) == {}
+    assert script.update(state, rollout, config, stop) == {}
     assert all(torch.equal(before[name], x) for name, x in state.agent.state_dict().items())
 
 
@@ -458,8 +452,8 @@ def test_compiled_code_plays_and_learns_the_same(precision):
     rollouts, weights, losses = [], [], []
     for compile in (False, True):
         config, games, state, rollout = small_run(compile=compile, precision=precision)
-        script.collect_rollout(state, games, rollout, NeverStop())
-        losses.append(script.update(state, rollout, config, NeverStop()))
+        script.collect_rollout(state, games, rollout, script.StopRequest())
+        losses.append(script.update(state, rollout, config, script.StopRequest()))
         rollouts.append(rollout)
         weights.append(state.agent.state_dict())
     bound = {"float32": 1e-5, "bfloat16": 1e-2}[precision]
@@ -490,7 +484,7 @@ def test_what_cannot_be_compiled_is_refused_or_left_as_it_is(monkeypatch):
 def played():
     """What 16 bits are measured on: real frames, and an agent whose actions are not all alike."""
     _, games, state, rollout = small_run(precision="float32", seed=4)
-    script.collect_rollout(state, games, rollout, NeverStop())
+    script.collect_rollout(state, games, rollout, script.StopRequest())
     torch.nn.init.orthogonal_(state.agent.actor.weight, 1.0)
     return state.agent, rollout.frames.flatten(0, 1)
 
