@@ -1430,7 +1430,7 @@ class Logger:
         text = "no game is over yet"
         if state.scores:
             over = counted(len(state.scores), "game")
-            text = f"mean score of the last {over} {state.mean_return:.2f}"
+            text = f"mean score {state.mean_return:.2f}, last {over}"  # cut off at 80 columns
         steps = state.global_step - self.progress.done
         self.progress.advance(steps, text)
         metrics = {f"losses/{name}": value for name, value in losses.items()}

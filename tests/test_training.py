@@ -199,7 +199,7 @@ def test_it_learns(tmp_path):
     """
     process = start("--total-timesteps=400000", cwd=tmp_path)
     for line in process.stdout:  # twice a minute
-        found = re.search(r"mean score of the last 100 games ([\d.]+)", line)
+        found = re.search(r"mean score ([\d.]+), last 100 games", line)
         if found and float(found[1]) > 4:
             return
     raise AssertionError(f"it ended with: {line}")
