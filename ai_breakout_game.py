@@ -84,7 +84,7 @@ try:
     from torch import Tensor, nn
     from tqdm import tqdm
 except ModuleNotFoundError as error:
-    hint = "start the environment that it was installed in, or `pip install -r requirements.txt`"
+    hint = "activate the virtual environment, or `pip install -r requirements.txt`"
     sys.exit(f"{error}: {hint}")
 except ImportError as error:  # a server or a container without the system libraries of OpenCV
     hint = "on Debian or Ubuntu, `apt-get install libgl1 libglib2.0-0 libsm6 libxext6` may mend it"
@@ -1430,7 +1430,8 @@ class Logger:
         text = "no game is over yet"
         if state.scores:
             over = counted(len(state.scores), "game")
-            text = f"mean score {state.mean_return:.2f}, last {over}"  # cut off at 80 columns
+            # The score comes first: a bar of 80 columns is cut off soon after it.
+            text = f"mean score {state.mean_return:.2f}, last {over}"
         steps = state.global_step - self.progress.done
         self.progress.advance(steps, text)
         metrics = {f"losses/{name}": value for name, value in losses.items()}
