@@ -180,8 +180,8 @@ def sb3(args):
     batch = args.num_envs * args.num_steps
     model = PPO(
         "CnnPolicy", env, n_steps=args.num_steps, batch_size=batch // MINIBATCHES,
-        n_epochs=args.epochs, learning_rate=1e-3, clip_range=0.1, clip_range_vf=0.1,
-        ent_coef=0.003, vf_coef=0.5, device=args.device,
+        n_epochs=args.epochs, learning_rate=1e-3, clip_range=0.1, ent_coef=0.003,
+        vf_coef=0.5, device=args.device,
     )  # fmt: skip
     model.learn(batch)
     start = time.perf_counter()

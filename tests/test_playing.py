@@ -265,6 +265,9 @@ def test_an_agent_plays_with_the_patience_it_was_trained_with_unless_another_is_
         config = script.Config(model_filename="impatient.mdl", **given)
         agent, _ = script.load_player(config, BREAKOUT)
         assert agent.patience == patience
+    torch.save({name: x for name, x in saved.items() if name != "patience"}, "old.mdl")
+    agent, _ = script.load_player(script.Config(model_filename="old.mdl"), BREAKOUT)
+    assert agent.patience == 0, "models from before there was patience had none"
 
 
 def test_an_agent_that_waited_too_long_plays_more_by_chance(model):

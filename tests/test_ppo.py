@@ -355,6 +355,11 @@ def test_a_lost_life_costs_what_it_is_said_to_and_a_cut_off_nothing(cost):
     torch.testing.assert_close(returns, torch.where(first, 1 - cost, 1.0))
 
 
+def test_a_new_agent_has_patience_unless_the_user_says_otherwise():
+    for knobs, patience in (({}, 250), ({"patience": 0.0}, 0), ({"patience": 9.0}, 9)):
+        assert small_run(**knobs)[2].agent.patience == patience
+
+
 def test_what_was_played_in_heat_is_learnt_in_the_same_heat():
     config, games, state, rollout = small_run(patience=4, learning_rate=0.0)
     state.agent.actor.weight.data *= 100  # so that the heat makes a difference

@@ -194,8 +194,8 @@ def test_on_a_terminal_there_is_a_bar(tmp_path):
 def test_it_learns(tmp_path):
     """Random play scores 1.3 here; what learns passes 4 within 400,000 steps.
 
-    When it finds the ball is luck: two runs passed 5 after 75,000 and 82,000 steps; at a quarter of
-    the learning rate, with four passes, four of ten had 2.1 to 3.6 after 200,000.
+    When it finds the ball is luck: three runs passed 5 after 90,000 to 163,000 steps; at a quarter
+    of the learning rate, with four passes, four of ten had 2.1 to 3.6 after 200,000.
     """
     process = start("--total-timesteps=400000", cwd=tmp_path)
     for line in process.stdout:  # twice a minute
