@@ -14,10 +14,10 @@
     python3 ai_breakout_game.py --evaluate=100 --model-filename="ai_breakout_game3000.mdl"
     tensorboard --logdir runs
 
-The default flags bring 449 points (one run) in five million steps: 73 minutes on one fast core, 4 h
-40 min on two slow ones. The agent that ships took 80.4 million, in fourteen parts with
-other flags (models/README.md), and scores 702.4 +- 37.8 (means of 100 games; a human 31.8, random
-buttons 1.7).
+The default flags bring 449 points (430 with another seed) in five million steps: 73 minutes on one
+fast core, 4 h 40 min on two slow ones. The agent that ships took 80.4 million, in fourteen parts
+with other flags (models/README.md), and scores 702.4 +- 37.8 (means of 100 games; a human 31.8,
+random buttons 1.7).
 
 The file reads once, from top to bottom: configuration, several processes, the game and its
 wrappers, the network, PPO, logs, training, playing, the command line. Functions and classes use
