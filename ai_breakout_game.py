@@ -1201,8 +1201,9 @@ def save_file(content: dict[str, Any], path: Path, keep: Path | None = None) -> 
     torch.save(content, buffer)
     body = buffer.getvalue()[:-2]  # the last two bytes say how long the comment is: 0
     for killed in path.parent.glob(f".{path.name}.*.tmp"):
-        if time.time() - killed.stat().st_mtime > 60:  # saving takes less than a second
-            killed.unlink()
+        with contextlib.suppress(FileNotFoundError):  # another run's, which is whole by now
+            if time.time() - killed.stat().st_mtime > 60:  # saving takes less than a second
+                killed.unlink()
     draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(draft, "wb") as file:
@@ -1263,15 +1264,18 @@ def find_model(name: str, config: Config) -> Path:
     )
 
 
+@torch.no_grad()
 def load_agent(path: Path, game: Game) -> Agent:
     """Read weights that this script saved, or a bare state_dict with the usual names.
 
-    Nothing in the file is run. Raises UserError for a file that is no model, or of another game.
+    Names that the network does not know are let be. Nothing in the file is run. Raises UserError
+    for a file that is no model, or of another game.
     """
     content = read_file(path, "model", bare=True)
     about = content if isinstance(content, dict) and "weights" in content else {}
     weights = about.get("weights", content)
-    if not isinstance(weights, dict) or not all(isinstance(x, Tensor) for x in weights.values()):
+    plain = isinstance(weights, dict)
+    if not plain or not all(isinstance(x, Tensor) and not x.is_nested for x in weights.values()):
         raise UserError(f"{path} is not a model: it holds no weights by name")
     if about.get("game", game.rom) != game.rom:
         hint = f"--env-id={about.get('env_id')}"
@@ -1284,9 +1288,11 @@ def load_agent(path: Path, game: Game) -> Agent:
             raise UserError(f"{path} does not fit {game.rom}: {name} is {shape}, not {wanted}")
         plain = found.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
         plain &= found.layout == torch.strided and not found.is_meta
-        if not plain or not found.isfinite().all():
+        if not plain or not tensor.copy_(found).isfinite().all():
             raise UserError(f"{path} is not a model: not all in {name} are numbers")
-    agent.load_state_dict(weights, strict=False)  # names that the network does not know are let be
+    white = torch.full((1, FRAME_STACK, FRAME_SIZE, FRAME_SIZE), 255, dtype=torch.uint8)
+    if not all(output.isfinite().all() for output in agent(white)):
+        raise UserError(f"{path} is not a model: it computes with numbers that are too large")
     agent.patience = about.get("patience", 0.0)
     if not isinstance(agent.patience, float) or not 0 <= agent.patience < math.inf:
         raise UserError(f"{path} is not a model: patience is {agent.patience!r:.99}")
@@ -1645,12 +1651,21 @@ def find_run(name: str) -> Path:
     raise UserError(f"--resume={name}: there is no such run; they lie in runs/")
 
 
+def saved_best(folder: Path) -> float:
+    """The mean score that best.mdl had; its checkpoint's may be higher, if a kill came between."""
+    try:
+        return float(read_file(folder / "best.mdl", "model")["mean_return"])
+    except (UserError, KeyError, TypeError, ValueError):
+        return -math.inf
+
+
 # What may differ when a run is resumed. Any other knob would make it another run.
 RESUME_KNOBS = ("total_timesteps", "checkpoint_minutes", "device", "compile")
 
 
 def resumed_config(given: dict[str, Any], knobs: dict[str, Any]) -> Config:
     """The `knobs` of a run, and those typed, `given`, where they may differ. Raises UserError."""
+    knobs = {"life_cost": 0.0} | knobs  # what runs had before there was that flag
     for name, value in given.items():
         had = knobs.get(name, getattr(Config, name))  # runs of an older version lack new knobs
         if name not in RESUME_KNOBS and value != had:
@@ -1720,9 +1735,12 @@ def watchdog(games: VectorGames, last_deed: Callable[[], Any] = lambda: None) ->
 
 
 def print_summary(
-    config: Config, content: dict[str, Any], progress: Progress, run: Run, path: Path
+    config: Config, content: dict[str, Any], progress: Progress, run: Run, path: Path | None
 ) -> None:
-    """What was learnt, how fast, where it lies, and which commands show it and go on."""
+    """What was learnt, how fast, where it lies, and which commands show it and go on.
+
+    `path` is its file in models/, None if that could not be saved.
+    """
     trained = content["update"] == config.num_updates
     verb = "Trained" if trained else "Stopped after"
     text = f"\n{verb} {content['global_step']:,} steps, {counted(content['games'], 'game')}, in "
@@ -1741,7 +1759,7 @@ def print_summary(
         shlex.quote(path.as_posix()) for path in (Path(sys.argv[0]), run.folder, run.folder.parent)
     )
     say(f"  curves   tensorboard --logdir {runs}")
-    if path.exists():
+    if path:
         say(f"  weights  {path}")
         say(f'  watch    python3 {script} --run=1 --model-filename="{path.name}"{env_flag(config)}')
     more = f" --total-timesteps={2 * content['global_step']}" if trained else ""
@@ -1809,7 +1827,8 @@ def close_run(config: Config, run: Run, checkpoints: Checkpoints, logger: Logger
         checkpoints.keep_model(target)
     saved = checkpoints.write()
     saved &= logger.close()
-    print_summary(config, kept, logger.progress, run, path)
+    shown = None if path in checkpoints.models else path
+    print_summary(config, kept, logger.progress, run, shown)
     return saved
 
 
@@ -1879,8 +1898,9 @@ def resume(given: dict[str, Any]) -> None:
             config = resumed_config(given, saved["config"])
             pick_device(config.device)  # refused before a file is touched
             Checkpoints.clear(folder, problem)
-        except (KeyError, TypeError) as error:
+        except (AttributeError, KeyError, TypeError) as error:
             raise UserError(f"{folder}/ holds no checkpoint of this program: {error!r}") from None
+        saved["best_return"] = saved_best(folder)
         train(*broadcast((config, Run(folder, saved))))
 
 
@@ -1939,7 +1959,9 @@ def run_episodes(
 
 def print_scores(scores: np.ndarray, interval: float | None, rom: str) -> None:
     """Mean, spread and histogram of `scores`, (games,) float; an average alone hides two humps."""
-    mean = f"mean {scores.mean():,.2f}" + (f" +- {interval:,.2f} (95 %)" if interval else "")
+    mean = f"mean {scores.mean():,.2f}" + (
+        f" +- {interval:,.2f} (95 %)" if interval is not None else ""
+    )
     span = f"from {scores.min():,.10g} to {scores.max():,.10g}"
     print(f"\n{counted(len(scores), 'game')}: {mean}, median {np.median(scores):,.10g}, {span}")
     width = max(1, math.ceil((np.ptp(scores) + 1) / 12))

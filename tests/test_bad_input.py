@@ -208,6 +208,9 @@ def strange_files(agent):
         "nan": torch_file(weights | {first: weights[first] * float("nan")}),
         "float8": torch_file(weights | {first: weights[first].to(torch.float8_e4m3fn)}),
         "infinite": torch_file(weights | {"critic.bias": torch.tensor([float("inf")])}),
+        "too large": torch_file(weights | {"actor.weight": torch.full((4, 512), 3e38)}),
+        "too large as float32": torch_file(weights | {first: weights[first].double() * 1e300}),
+        "nested": torch_file(weights | {first: torch.nested.nested_tensor([weights[first]])}),
         "huge": torch_file(weights | {"actor.weight": huge_tensor()}),
         "sparse": torch_file(weights | {first: weights[first].to_sparse()}),
         "no device": torch_file(weights | {first: weights[first].to("meta")}),
@@ -248,6 +251,13 @@ def test_strange_files_are_no_models(folder, capsys, agent):
     assert not Path("attacked").exists()
 
 
+def test_names_that_are_not_the_networks_are_let_be(folder, agent):
+    Path("good.mdl").write_bytes(
+        torch_file(agent.state_dict() | {0: torch.zeros(1), "x.y": torch.ones(2)})
+    )
+    assert script.main(["--record=x.gif", "--seconds=0.1", "--model-filename=good.mdl"]) == 0
+
+
 def test_strange_files_are_no_checkpoints(folder, capsys, agent):
     Path("runs/x").mkdir(parents=True)
     for name, data in strange_files(agent).items():
@@ -271,8 +281,9 @@ def test_a_checkpoint_of_strange_content_is_refused_although_its_checksum_is_rig
     ]  # fmt: skip
     for change in changes:
         script.save_file(content | change, Path("runs/x/checkpoint.pt"))
-        line = mistake(capsys, "--resume=runs/x", silent="replay" not in change)
-        assert "runs/x" in line or "--num-envs" in line, (change, line)
+        for flags in ([], ["--total-timesteps=16"]):
+            line = mistake(capsys, "--resume=runs/x", *flags, silent="replay" not in change)
+            assert "runs/x" in line or "--num-envs" in line, (change, line)
 
 
 def fuzz_files(capsys, count, seed, agent, run):

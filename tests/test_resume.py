@@ -182,6 +182,23 @@ def test_a_knob_that_would_make_it_another_run_is_refused_by_name(stopped, capsy
     assert said in complaint(capsys, f"--resume={stopped}", flag)
 
 
+def test_a_run_from_before_a_lost_life_could_cost_something_goes_on_without(stopped):
+    content = script.read_file(stopped / "checkpoint.pt", "checkpoint")
+    del content["config"]["life_cost"]
+    script.save_file(content, stopped / "checkpoint.pt")
+    assert script.main([f"--resume={stopped}"]) == 0
+    assert script.read_file(stopped / "checkpoint.pt", "checkpoint")["config"]["life_cost"] == 0
+
+
+def test_weights_that_could_not_be_saved_are_not_offered(stopped, capsys):
+    """An older run's may lie under that name."""
+    in_the_way = f".ai_breakout_game1280.mdl.{os.getpid()}.tmp"
+    (script.Path("models") / in_the_way).mkdir()
+    script.Path("models/ai_breakout_game1280.mdl").write_bytes(b"an older run's")
+    assert script.main([f"--resume={stopped}"]) == 1
+    assert "--run=1" not in capsys.readouterr().out
+
+
 def test_the_same_knobs_may_be_typed_again(stopped, capsys):
     assert script.main([*RUN, "--resume=latest"]) == 0
 

@@ -132,6 +132,20 @@ def test_the_best_weights_so_far_are_kept_in_the_runs_folder(tmp_path, monkeypat
     assert Path("models/ai_pong_game640.mdl").is_file()
 
 
+def test_the_best_weights_are_found_again_where_a_kill_came_before_they_were_saved(
+    tmp_path, monkeypatch
+):
+    """The checkpoint is written first, and says that 0 was reached already."""
+    monkeypatch.chdir(tmp_path)
+    words = ("--env-id=ALE/Pong-v5", "--num-envs=20", "--num-steps=16", "--num-minibatches=1",
+             "--update-epochs=1", "--max-frames=8", "--total-timesteps=320")  # fmt: skip
+    assert script.main(words) == 0
+    best = only(Path("runs").iterdir()) / "best.mdl"
+    best.unlink()
+    assert script.main(["--resume=latest", "--total-timesteps=640"]) == 0
+    assert script.read_file(best, "model")["steps"] == 640
+
+
 def test_training_goes_on_from_a_model(trained, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     source = trained[0] / "models" / "ai_breakout_game3000.mdl"
