@@ -26,9 +26,10 @@ def draw(run, evaluation, picture):
     means = events.Scalars("charts/mean_return_100")[100:]
     left.plot([x.step / 1e6 for x in means], [x.value for x in means], lw=2, color="#d9601a")
     left.axhline(HUMAN, ls="--", lw=1, color="#555555")
-    left.text(0, HUMAN, " a human, 31.8", va="bottom", color="#555555")
+    end = means[-1].step / 1e6
+    left.text(end, HUMAN, "a human, 31.8", ha="right", va="bottom", color="#555555")
     left.set(xlabel="million steps", ylabel="true score", title="while learning")
-    left.legend(["a game", "mean of 100 games"], loc="upper left", bbox_to_anchor=(0, 0.9))
+    left.legend(["a game", "mean of 100 games"], loc="lower right", bbox_to_anchor=(1, 0.12))
 
     about = json.loads(Path(evaluation).read_text())
     right.hist(about["scores"], bins=25, color="#d9601a")
