@@ -1274,8 +1274,8 @@ def load_agent(path: Path, game: Game) -> Agent:
     content = read_file(path, "model", bare=True)
     about = content if isinstance(content, dict) and "weights" in content else {}
     weights = about.get("weights", content)
-    plain = isinstance(weights, dict)
-    if not plain or not all(isinstance(x, Tensor) and not x.is_nested for x in weights.values()):
+    tensors = weights.values() if isinstance(weights, dict) else [None]
+    if not all(isinstance(x, Tensor) and not x.is_nested for x in tensors):
         raise UserError(f"{path} is not a model: it holds no weights by name")
     if about.get("game", game.rom) != game.rom:
         hint = f"--env-id={about.get('env_id')}"
@@ -1959,9 +1959,8 @@ def run_episodes(
 
 def print_scores(scores: np.ndarray, interval: float | None, rom: str) -> None:
     """Mean, spread and histogram of `scores`, (games,) float; an average alone hides two humps."""
-    mean = f"mean {scores.mean():,.2f}" + (
-        f" +- {interval:,.2f} (95 %)" if interval is not None else ""
-    )
+    mean = f"mean {scores.mean():,.2f}"
+    mean += "" if interval is None else f" +- {interval:,.2f} (95 %)"
     span = f"from {scores.min():,.10g} to {scores.max():,.10g}"
     print(f"\n{counted(len(scores), 'game')}: {mean}, median {np.median(scores):,.10g}, {span}")
     width = max(1, math.ceil((np.ptp(scores) + 1) / 12))

@@ -203,6 +203,7 @@ def strange_files(agent):
         "pickle": pickle.dumps({"weights": {}}), "deep": b"\x80\x02" + b"]" * 10**5 + b".",
         "deep in torch": torch_file(nested_list(200)),
         "list": torch_file([1, 2]), "number": torch_file(7), "text in torch": torch_file("x"),
+        "tensor": torch_file(torch.zeros(3)), "nothing": torch_file({}),
         "weights of text": torch_file({"weights": "x"}),
         "keys are numbers": torch_file({1: torch.zeros(2)}),
         "nan": torch_file(weights | {first: weights[first] * float("nan")}),
