@@ -49,4 +49,6 @@ def join(*runs_and_target):
 
 
 if __name__ == "__main__":
+    if len(sys.argv) < 3:
+        raise SystemExit("usage: python tests/join_runs.py runs/FIRST ... runs/TARGET")
     join(*sys.argv[1:])
