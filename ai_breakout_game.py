@@ -2503,6 +2503,10 @@ def all_processes() -> Iterator[None]:
     if not (dist.is_available() and dist.is_torchelastic_launched()):
         yield
         return
+    # Functions in there take the group of that moment as a default. The optimizer imports them: so
+    # late, the group and its threads would outlive their end, and now and then abort the exit.
+    import torch.distributed.nn
+
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
     # NCCL refuses two processes on one GPU, and Windows has none; gloo is slower, but can.

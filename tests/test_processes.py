@@ -22,9 +22,9 @@ UPDATES = 8
 RUN = (*KNOBS, f"--total-timesteps={UPDATES * 128}")
 
 
-def torchrun(processes, *args, cwd):
+def torchrun(processes, *args, cwd, script=SCRIPT):
     """The program in several processes, started as the README says; output as `start` has it."""
-    command = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}", str(SCRIPT), *args]
+    command = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}", str(script), *args]
     process = subprocess.Popen(
         [sys.executable, *command], cwd=cwd, env={**os.environ, "PYTHONUNBUFFERED": "1"},
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
@@ -70,6 +70,24 @@ def test_two_processes_come_to_what_one_comes_to(tmp_path, alone):
     assert process.returncode == 0, output
     assert output.count("steps/s") == output.count("4 games, on cpu x 2") == 1, "one of them speaks"
     assert_same_run(tmp_path, alone)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_no_thread_of_the_group_outlives_it(tmp_path):
+    """One that is there while Python ends may abort the process: exit code -6, now and then."""
+    wrapper = tmp_path / "wrapper.py"
+    wrapper.write_text(
+        "import pathlib, runpy, sys\n"
+        "try:\n"
+        f"    runpy.run_path({str(SCRIPT)!r}, run_name='__main__')\n"
+        "finally:\n"
+        "    threads = pathlib.Path('/proc/self/task').glob('*/comm')\n"
+        "    sys.stderr.write('at the end: ' + ' '.join(x.read_text().strip() for x in threads))\n"
+    )
+    process = torchrun(2, *KNOBS, "--total-timesteps=128", cwd=tmp_path, script=wrapper)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0 and output.count("at the end: ") == 2, output
+    assert "gloo" not in output
 
 
 def children(process):
