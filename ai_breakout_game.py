@@ -28,8 +28,6 @@ Shapes, named the same everywhere: T steps of a rollout, N environments, B = T *
 minibatch, A actions. Frames are uint8 until the network, actions int64, flags bool.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import copy
@@ -55,13 +53,14 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NamedTuple, get_args, get_type_hints
+from typing import Any, NamedTuple, Self, get_args
 
 if __name__ == "__main__":  # Ctrl-C while torch is imported: no traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 # Waiting OpenMP threads must sleep, not spin: the emulator's threads need the same cores, and
-# beside another busy process spinning costs two thirds of the speed. Read when torch is imported.
+# beside another busy process spinning costs two thirds of the speed. torch reads this when it is
+# imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 # glibc gives large blocks back to the kernel when they are freed, and every minibatch then maps its
@@ -78,7 +77,6 @@ try:
     import torch
     import torch.distributed as dist
     from ale_py.env import AtariEnv
-    from ale_py.roms import get_rom_path
     from ale_py.vector_env import AtariVectorEnv
     from filelock import FileLock, Timeout
     from torch import Tensor, nn
@@ -92,7 +90,7 @@ except ImportError as error:  # a server or a container without the system libra
 
 gym.register_envs(ale_py)
 ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)  # no banner for every game
-tqdm.monitor_interval = 0  # no thread for slow bars: it may end the program with an abort
+tqdm.monitor_interval = 0  # its thread, which wakes slow bars, may abort the program's end
 
 # --------------------------------------------------------------------------------------------------
 # Configuration
@@ -221,11 +219,11 @@ class Config:
 # --------------------------------------------------------------------------------------------------
 
 
-# Usually there is one process; then `sum_processes`, `gather_processes` and `broadcast` give back
-# what they get, and can be skipped. Of several, each plays a part of the games and learns from a
-# part of each minibatch. Wherever PPO sums over a minibatch (the gradient, the steps that count,
-# the mean and the spread of the advantages) `sum_processes` sums over all of them, so all have the
-# same weights at any time. The first alone logs and saves.
+# Usually there is one process; then `sum_processes` and `broadcast` give back what they get, and
+# `gather_processes` a list of it: this section can be skipped at first. Of several, each plays a
+# part of the games and learns from a part of each minibatch. Wherever PPO sums over a minibatch
+# (the gradient, the steps that count, the mean and the spread of the advantages) `sum_processes`
+# sums over all of them, so all have the same weights at any time. The first alone logs and saves.
 
 
 class Place(NamedTuple):
@@ -236,7 +234,7 @@ class Place(NamedTuple):
 
 
 def place() -> Place:
-    """Which of torchrun's processes this is; the first of one without torchrun."""
+    """This process's number, and how many torchrun started: 0 and 1 without it."""
     if dist.is_available() and dist.is_initialized():
         return Place(dist.get_rank(), dist.get_world_size())
     return Place(0, 1)
@@ -251,7 +249,7 @@ def sum_processes(x: Tensor) -> Tensor:
 
 
 def gather_processes(item: Any) -> list[Any]:
-    """The `item` of every process, by rank; [] in all but the first."""
+    """In the first process, the `item` of every one, by rank; [] in the others."""
     if place().size == 1:
         return [item]
     items = [None] * place().size if place().rank == 0 else None
@@ -260,7 +258,7 @@ def gather_processes(item: Any) -> list[Any]:
 
 
 def broadcast(item: Any) -> Any:
-    """The first process's `item`, in each of them."""
+    """What the first process passes as `item`, in all of them."""
     items = [item]
     if place().size > 1:
         dist.broadcast_object_list(items)
@@ -270,10 +268,9 @@ def broadcast(item: Any) -> Any:
 class StopRequest:
     """Turns Ctrl-C, SIGTERM and the like into a flag: training stops between two steps."""
 
-    signalled = False  # this process was told to stop
-    requested = False  # all stop
+    requested = False  # of this process; `agreed` asks the others too
 
-    def __enter__(self) -> StopRequest:
+    def __enter__(self) -> Self:
         signals = [signal.SIGINT, signal.SIGTERM]
         for name in ("SIGHUP", "SIGBREAK"):  # a terminal that is closed; Ctrl-Break on Windows
             signum = getattr(signal, name, None)
@@ -284,18 +281,14 @@ class StopRequest:
 
     def handle(self, signum: int, frame: Any) -> None:
         """Once is enough: later signals change nothing while the state is being saved."""
-        if not self.signalled and place().rank == 0:
+        if not self.requested and place().rank == 0:
             with contextlib.suppress(OSError):  # the terminal may be what was closed
                 os.write(2, b"\nStopping; saving ...\n")  # print may be what it interrupted
-        self.signalled = True
-        if place().size == 1:
-            self.requested = True
+        self.requested = True
 
     def agreed(self) -> bool:
         """Whether to stop now: all processes do if one of them was told to. Each has to ask."""
-        if place().size > 1:
-            self.requested = bool(sum_processes(torch.tensor(int(self.signalled))))
-        return self.requested
+        return bool(sum_processes(torch.tensor(int(self.requested))))
 
     def __exit__(self, *error: Any) -> None:
         for signum, handler in self.before.items():
@@ -316,9 +309,7 @@ NOOP_MAX = 30  # fewer frames than this pass by themselves when a game starts
 @functools.cache
 def action_names(rom: str) -> list[str]:
     """The buttons that do something in a game, in the order of their numbers."""
-    emulator = ale_py.ALEInterface()
-    emulator.loadROM(get_rom_path(rom))
-    return [action.name for action in emulator.getMinimalActionSet()]
+    return AtariEnv(rom).get_action_meanings()
 
 
 class Game(NamedTuple):
@@ -439,7 +430,7 @@ class EpisodicLifeEnv(gym.Wrapper):
         actions = self.unwrapped.get_action_meanings()
         if not new_game and "FIRE" in actions:
             *_, served = self.step(actions.index("FIRE"))
-            new_game = self.game_over  # rare: the last ball was lost at once; keep the game's score
+            new_game = self.game_over  # rare: the last ball was lost as it was served
         if new_game:
             obs, info = self.env.reset(**kwargs)
             self.lives, self.game_over, self.last = info["lives"], False, (obs, served | info)
@@ -486,8 +477,8 @@ class FinishedGame(NamedTuple):
 class StepResult(NamedTuple):
     """What one step of N games brought.
 
-    An episode is what the learner sees as one: a life. A game is all its lives. Resets take a step
-    of their own, of which the agent's action is no part:
+    An episode is what the learner sees as one: a life. A game is all its lives. A reset takes a
+    step of its own, which ignores the agent's action:
 
         step t       the last of an episode: terminated[i], and frames[i] are its last
         step t + 1   serves the next ball, or starts the next game: decided[i] is False
@@ -515,7 +506,7 @@ class VectorGames:
         self.lives, self.frame_numbers = np.zeros((2, num_envs), int)
         self.ended = np.zeros(num_envs, bool)  # the last step ended an episode
         self.idle = np.zeros(num_envs, int)  # decisions since the last point or lost life
-        self.pulse = 0  # odd while the emulator's threads are waited for, which may be for ever
+        self.pulse = 0  # odd while the emulator's threads are waited for: see `watchdog`
 
     def reset(self, seed: int) -> np.ndarray:
         """Start all games anew, game i from seed + i. Returns frames, (N, 4, 84, 84) uint8."""
@@ -567,14 +558,15 @@ class NativeGames(VectorGames):
         self.pulse += 1
         frames, rewards, terminated, truncated, info = self.env.step(actions)
         self.pulse += 1
-        # A game that went on has more frames behind it now than before.
+        # Within a game this number only grows: a smaller one is a new game's.
         restarted = self.over | (info["episode_frame_number"] < self.frame_numbers)
         decided = ~(self.ended if self.fire is not None else restarted)
         self.lives, self.frame_numbers = info["lives"], info["episode_frame_number"]
         self.ended = terminated | truncated
         self.idle = np.where((rewards != 0) | self.ended | restarted, 0, self.idle + decided)
 
-        # Adventure ends with lives left, like a lost life: only its restart shows that it is over.
+        # Adventure ends with lives left, which looks like a lost life until, a step later, it
+        # starts anew.
         finished = self.finish(restarted & ~self.over)
         self.scores[restarted] = self.lengths[restarted] = 0
         self.scores += rewards
@@ -635,15 +627,16 @@ class ReplayableGames:
     """N games that can be brought back, in another process, to the very pixels they had here.
 
     The emulator's state cannot be read out, but it follows from a game's seed and the actions
-    since. So these are kept; and lest they become too many, the first new game that begins after
-    `replay_steps` begins from a new seed. No game is cut off for that, and no score lost.
+    since. So these are kept; and lest they become too many, a slot's first new game after
+    `replay_steps` begins from a new seed, and what came before is forgotten. No game is cut off for
+    that, and no score lost.
     """
 
     SAVED = ("seeds", "ages", "actions")
 
     def __init__(self, games: NativeGames | WrappedGames, replay_steps: int) -> None:
         self.games, self.replay_steps = games, replay_steps
-        self.first = place().rank * games.num_envs  # number of the first game, of all processes'
+        self.first = place().rank * games.num_envs  # our first game's number among all
 
     def reset(self, seed: int) -> np.ndarray:
         """Start all games anew, game i from seed + i. Returns frames, (N, 4, 84, 84) uint8."""
@@ -673,7 +666,8 @@ class ReplayableGames:
         return self.games.idle
 
     def state_dict(self) -> dict[str, Tensor]:
-        """All that brings the games back: seeds, ages (N,) int64, actions (oldest, N) uint8.
+        """All that brings the games back: seeds and ages (N,) int64, actions (S, N) uint8, those
+        of the S steps since the oldest seed.
 
         Every process has to call it; the first gets the games of all of them.
         """
@@ -690,16 +684,16 @@ class ReplayableGames:
     def load_state_dict(self, saved: dict[str, Tensor]) -> np.ndarray:
         """Play again what `saved` has of our games. Returns frames, (N, 4, 84, 84) uint8.
 
-        All games take the recorded actions; one that was seeded later starts anew where its own
-        begin.
+        All games take all the recorded actions; one with a later seed starts anew from it where
+        its own actions begin.
         """
         ours = slice(self.first, self.first + self.games.num_envs)
         self.seeds, self.ages, actions = (saved[x].numpy()[..., ours].copy() for x in self.SAVED)
         self.actions = deque(actions[len(actions) - self.ages.max() :])
         frames = self.games.start(np.ones_like(self.ages, bool), self.seeds)
-        for left, step in zip(reversed(range(len(self.actions))), self.actions):
+        for played, step in enumerate(self.actions, 1):
             frames = self.games.step(step.astype(np.int64)).frames
-            young = self.ages == left
+            young = self.ages == len(self.actions) - played  # seeded after this step
             if young.any():
                 frames = self.games.start(young, self.seeds)
         return frames
@@ -748,7 +742,8 @@ def to_blocks(x: Tensor, size: int = BLOCK) -> Tensor:
 class BlockConv(nn.Conv2d):
     """nn.Conv2d that also takes its input in blocks of its stride, as `to_blocks` cuts it.
 
-    It is the same sum, as a convolution with stride 1 over more channels. Large batches of 16-bit
+    It is the same sum: a convolution with stride 1 over an image in which each square of stride x
+    stride pixels has become one pixel, with the channels of all of them. Large batches of 16-bit
     numbers on a CPU are cut in any case: with so few channels as the pixels have, oneDNN's threads
     spin to wait for each other, and beside a busy process a minibatch takes seconds.
     """
@@ -793,7 +788,9 @@ class Agent(nn.Module):
         self.to(memory_format=torch.channels_last)
 
     def autocast(self) -> torch.autocast:
-        """Where this is entered, weights are converted to `precision` once, not in each call."""
+        """A context in which the large layers compute in `precision`; around several calls it
+        converts the weights once for all.
+        """
         device, reduced = self.actor.weight.device.type, self.precision != torch.float32
         return torch.autocast(device, self.precision, enabled=reduced)
 
@@ -852,7 +849,8 @@ def act(
 class Rollout(NamedTuple):
     """What N games went through in T steps; made once, filled again and again."""
 
-    # Frames are kept in blocks of 4 x 4 pixels, each of four greys: the network reads them fastest.
+    # Frames are kept in blocks of 4 x 4 pixels, each with its greys in the last four frames: the
+    # network reads them fastest so.
     frames: Tensor  # (T + 1, N, 64, 21, 21) uint8; the last is where the next rollout starts
     values: Tensor  # (T + 1, N) float32
     temperatures: Tensor  # (T, N) float32: the policy's temperature
@@ -943,15 +941,16 @@ def collect_rollout(
     """
     r, finished = rollout, []
     num_steps, num_envs = r.actions.shape
-    # Drawn for the games of all processes, so that how many these are changes no game.
+    # Each process draws for all games and takes its part: so their number changes no game.
     size = (num_steps, place().size * num_envs, state.agent.actor.out_features)
     noise = gumbel_noise(size, state.generator)[:, place().rank * num_envs :][:, :num_envs]
     results: list[StepResult] = []
     r.frames[0] = r.frames[-1]
     with state.agent.autocast():  # weights are converted once, not at every step
         for t in range(num_steps):
-            # Several ask each other, 0.2 ms, often enough for torchrun, which kills after 30 s.
-            if stop.requested or (t % 8 == 0 and stop.agreed()):
+            # Several ask each other, which takes 0.2 ms: so at every eighth step only. (torchrun
+            # kills what has not ended after 30 seconds.)
+            if (place().size == 1 or t % 8 == 0) and stop.agreed():
                 return []
             r.temperatures[t] = policy_temperatures(games.idle, state.agent.patience)
             seen = (state.agent, r.frames[t], r.temperatures[t], noise[t])
@@ -998,8 +997,8 @@ class Batch(NamedTuple):
     values: Tensor  # (B,) float32, estimated when they were taken
     advantages: Tensor  # (B,) float32
     returns: Tensor  # (B,) float32
-    # How much a step counts, (B,): bool, whether the agent decided it; or, of steps that were drawn
-    # by importance, float32, how many it stands for.
+    # How much a step counts, (B,): bool, whether the agent decided it; or, where steps were drawn
+    # by importance, float32, for how many it stands.
     mask: Tensor
 
 
@@ -1030,12 +1029,12 @@ def weigh(minibatch: Batch, norm_adv: bool) -> tuple[Batch, Tensor]:
 
 def draw_steps(batch: Batch, count: int, keys: Tensor) -> tuple[Tensor, Tensor]:
     """Which `count` of B steps to learn from, in which order: their indices and their mask, both
-    (count,). `keys` (B,) are random numbers; all steps come in the order of these.
+    (count,). If `count` is B they are all steps, in the order of the random numbers `keys`, (B,).
 
     Fewer are drawn by importance (Kahn and Marshall 1953), some of them several times. What a step
     changes grows with its advantage, in the policy as in the value, so its chance to be drawn is in
-    proportion to 0.8 |A| / mean |A| + 0.2. Its mask is the mean chance over its own: the gradient
-    stays, on average and nearly, that of all steps.
+    proportion to 0.8 |A| / mean |A| + 0.2. It then counts mean chance / own chance times: on
+    average the gradient is, nearly, that of all steps.
     """
     order = keys.argsort()
     if count == len(keys):
@@ -1058,15 +1057,9 @@ LOSS_NAMES = (
 
 
 def ppo_loss(
-    logits: Tensor,
-    values: Tensor,
-    batch: Batch,
-    shares: Tensor,
-    clip_coef: float,
-    ent_coef: float,
-    vf_coef: float,
-    clip_vloss: bool,
-) -> tuple[Tensor, Tensor]:
+    logits: Tensor, values: Tensor, batch: Batch, shares: Tensor,
+    clip_coef: float, ent_coef: float, vf_coef: float, clip_vloss: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The loss of a minibatch, given what the network says now: logits (M, A), values (M,).
 
     `batch` and `shares` are what `weigh` returns. Returns the loss, a scalar, and its parts
@@ -1113,7 +1106,7 @@ def learn_minibatch(state: TrainState, minibatch: Batch, config: Config) -> Tens
     state.optimizer.zero_grad()
     loss, parts = state.loss(state.agent, *weigh(minibatch, c.norm_adv), *coefficients)
     loss.backward()
-    parts = parts.clone()  # the next call of a captured graph writes over it
+    parts = parts.clone()  # compiled, the next call writes over it
     if place().size > 1:
         numbers = [p.grad for p in state.agent.parameters()] + [parts]
         flat = sum_processes(torch.cat([x.flatten() for x in numbers]))  # one message, not thirteen
@@ -1186,7 +1179,9 @@ LARGEST_FILE = 2**28  # bytes; a checkpoint takes 21 MB
 
 
 def seal(body: bytes) -> bytes:
-    """What follows `body`, a zip archive but for the length of its comment: length and comment."""
+    """The end of the file. A zip archive may close with a comment, after two bytes that give its
+    length; ours is the checksum of `body`, all that stands before these.
+    """
     comment = SEAL + hashlib.sha256(body).hexdigest().encode()
     return len(comment).to_bytes(2, "little") + comment
 
@@ -1201,7 +1196,7 @@ def save_file(content: dict[str, Any], path: Path, keep: Path | None = None) -> 
     torch.save(content, buffer)
     body = buffer.getvalue()[:-2]  # the last two bytes say how long the comment is: 0
     for killed in path.parent.glob(f".{path.name}.*.tmp"):
-        with contextlib.suppress(FileNotFoundError):  # another run's, which is whole by now
+        with contextlib.suppress(FileNotFoundError):  # another process has just renamed it
             if time.time() - killed.stat().st_mtime > 60:  # saving takes less than a second
                 killed.unlink()
     draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -1220,8 +1215,9 @@ def save_file(content: dict[str, Any], path: Path, keep: Path | None = None) -> 
 def read_file(path: Path, kind: str, bare: bool = False) -> Any:
     """What `save_file` wrote; or torch.save by itself, where `bare` allows it.
 
-    Nothing in the file is run, and nothing in it grows: an archive that is packed, or larger than
-    its file, is refused like one that does not match its checksums. Raises UserError.
+    No code in the file is run, and reading takes no more memory than the file is long: a packed
+    archive, or one that says it is larger than its file, is refused like one that does not match
+    its checksum. Raises UserError.
     """
     try:
         if path.stat().st_size > LARGEST_FILE:
@@ -1236,7 +1232,7 @@ def read_file(path: Path, kind: str, bare: bool = False) -> Any:
                 raise ValueError("another version of this program saved it")
             length = len(seal(b""))
             sealed = data[-length:] == seal(data[:-length])
-            bare &= data[-22:-18] == b"PK\5\6" and data[-2:] == b"\0\0"  # the archive ends there
+            bare &= data[-22:-18] == b"PK\5\6" and data[-2:] == b"\0\0"  # no comment
             if not sealed and (not bare or archive.testzip()):
                 raise ValueError("its checksum does not match")
         with warnings.catch_warnings(action="ignore"):
@@ -1248,7 +1244,7 @@ def read_file(path: Path, kind: str, bare: bool = False) -> Any:
 
 
 def env_flag(config: Config) -> str:
-    """What a command needs beside its other flags to be about this game: nothing for Breakout."""
+    """The --env-id that a command for this game needs, with a space before: none for Breakout."""
     return "" if config.env_id == Config().env_id else f" --env-id={config.env_id}"
 
 
@@ -1321,14 +1317,14 @@ class Progress:
     def __init__(self, total: int | None, unit: str, initial: int = 0) -> None:
         self.bar = tqdm(
             total=total, initial=initial, unit=f" {unit}s", unit_scale=True, dynamic_ncols=True,
-            disable=not sys.stderr.isatty(),
+            disable=None,  # None: where standard error is no terminal
         )  # fmt: skip
         self.total, self.unit, self.initial, self.done = total, unit, initial, initial
         self.started, self.next_line = time.monotonic(), 0.0
 
     @property
     def seconds(self) -> float:
-        """Since the start; the wall clock may be set back meanwhile."""
+        """Since the start, by a clock that nobody can set back."""
         return max(time.monotonic() - self.started, 1e-9)
 
     @property
@@ -1375,15 +1371,16 @@ class Logger:
         self.progress = Progress(config.num_updates * config.batch_size, "step", state.global_step)
 
     def open_writer(self) -> Any:
-        """A new file of events; what older files have from its first step on is to be ignored."""
+        """A new file of curves. From its first step on TensorBoard ignores the older ones."""
         # Imported here, since it takes a second, which playing can do without.
         from torch.utils.tensorboard import SummaryWriter
         from torch.utils.tensorboard.summary import hparams
 
-        # The thread that writes would print a traceback; `flush` says in a line what it died of.
+        # If the thread that writes dies it prints a traceback: not here, `flush` says it in a line.
         hook = threading.__excepthook__
         threading.excepthook = lambda x: "AsyncWriter" in repr(x.thread) or hook(x)
-        # Files are read in the order of the seconds in their names, and the clock may be set back.
+        # Files are read in the order of the seconds in their names. The clock may have been set
+        # back: so older files with later names get earlier ones.
         now, old = int(time.time()), sorted(self.folder.glob("events.out.tfevents.*"), reverse=True)
         for seconds, path in enumerate(old, 1):
             then = path.name.split(".")[3]
@@ -1509,14 +1506,12 @@ class Checkpoints:
         Raises UserError where there is none.
         """
         problem = ""
-        for path in (folder / cls.NEWEST, folder / cls.PREVIOUS):
-            if not path.exists():
-                continue
+        for path in filter(Path.exists, (folder / cls.NEWEST, folder / cls.PREVIOUS)):
             try:
                 content = read_file(path, "checkpoint")
                 if isinstance(content, dict) and "replay" in content:
                     return content, problem
-                problem = problem or f"{path} is not a checkpoint"
+                raise UserError(f"{path} is not a checkpoint")
             except UserError as error:
                 problem = problem or str(error)
         raise UserError(problem or f"{folder}/ holds no checkpoint to go on from")
@@ -1548,16 +1543,16 @@ def pick_device(name: str) -> torch.device:
 
 def pick_precision(name: str, device: torch.device) -> torch.dtype:
     """What the large layers compute in: the dtype `name`, or what suits the device."""
-    if name == "auto":
-        if device.type == "cuda":
-            native = torch.cuda.get_device_capability(device) >= (8, 0)
-        else:
-            has = torch.cpu.get_capabilities() if device.type == "cpu" else {}
-            # Intel's multiply it fast with AMX; without, training takes 1.1 times as long with it.
-            avx512 = has.get("avx512_bf16", False) and "Intel" not in has.get("cpu_name", "")
-            native = avx512 or has.get("amx_bf16", False)
-        name = "bfloat16" if native else "float32"
-    return getattr(torch, name)
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type == "cuda":
+        fast = torch.cuda.get_device_capability(device) >= (8, 0)
+    else:
+        has = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+        # An Intel processor without AMX trains 1.1 times as long in bfloat16 as in float32.
+        avx512 = has.get("avx512_bf16", False) and "Intel" not in has.get("cpu_name", "")
+        fast = avx512 or has.get("amx_bf16", False)
+    return torch.bfloat16 if fast else torch.float32
 
 
 def pick_compiler(wanted: bool | None, device: torch.device) -> Callable[[Any], Any]:
@@ -1576,14 +1571,13 @@ def pick_compiler(wanted: bool | None, device: torch.device) -> Callable[[Any], 
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise UserError(f"--compile=yes does not work on this machine: {reason}") from None
         return lambda function: function
-    warnings.filterwarnings("ignore", "TensorFloat32")  # the two heads stay float32, on purpose
+    warnings.filterwarnings("ignore", "TensorFloat32")  # it is advised; the heads stay exact
 
     def compiler(function: Callable[..., Any]) -> Callable[..., Any]:
         compiled = torch.compile(function, mode="reduce-overhead", fullgraph=True, dynamic=False)
 
-        @functools.wraps(function)
         def call(*args: Any) -> Any:
-            torch.compiler.cudagraph_mark_step_begin()  # what the last call returned is done with
+            torch.compiler.cudagraph_mark_step_begin()  # what it returned last may be overwritten
             return compiled(*args)
 
         return call
@@ -1614,7 +1608,7 @@ def locked(folder: Path) -> Iterator[None]:
     path = folder / ".lock"
     was_there = path.exists()
     try:
-        with FileLock(path, timeout=0, is_singleton=True):  # may be held twice by one process
+        with FileLock(path, timeout=0, is_singleton=True):  # `resume` and `train` both take it
             try:
                 yield
             except UserError:
@@ -1652,7 +1646,7 @@ def find_run(name: str) -> Path:
 
 
 def saved_best(folder: Path) -> float:
-    """The mean score that best.mdl had; its checkpoint's may be higher, if a kill came between."""
+    """The mean score of best.mdl. A checkpoint's may be higher: a kill may come between the two."""
     try:
         return float(read_file(folder / "best.mdl", "model")["mean_return"])
     except (UserError, KeyError, TypeError, ValueError):
@@ -1664,7 +1658,9 @@ RESUME_KNOBS = ("total_timesteps", "checkpoint_minutes", "device", "compile")
 
 
 def resumed_config(given: dict[str, Any], knobs: dict[str, Any]) -> Config:
-    """The `knobs` of a run, and those typed, `given`, where they may differ. Raises UserError."""
+    """A run's `knobs`, with those typed, `given`, in their place. Raises UserError for one that may
+    not differ.
+    """
     knobs = {"life_cost": 0.0} | knobs  # what runs had before there was that flag
     for name, value in given.items():
         had = knobs.get(name, getattr(Config, name))  # runs of an older version lack new knobs
@@ -1734,38 +1730,6 @@ def watchdog(games: VectorGames, last_deed: Callable[[], Any] = lambda: None) ->
         thread.join()
 
 
-def print_summary(
-    config: Config, content: dict[str, Any], progress: Progress, run: Run, path: Path | None
-) -> None:
-    """What was learnt, how fast, where it lies, and which commands show it and go on.
-
-    `path` is its file in models/, None if that could not be saved.
-    """
-    trained = content["update"] == config.num_updates
-    verb = "Trained" if trained else "Stopped after"
-    text = f"\n{verb} {content['global_step']:,} steps, {counted(content['games'], 'game')}, in "
-    text += f"{timedelta(seconds=round(progress.seconds))}: {progress.speed:,.0f} steps/s"
-    if run.saved:
-        text += f", resumed at {run.saved['global_step']:,}"
-        text += "" if progress.done > progress.initial else ": nothing was left to train"
-    say(text)
-    if content["scores"]:
-        best = content["best_return"]
-        best = f", at best {best:.2f}" if math.isfinite(best) else ""
-        over = counted(len(content["scores"]), "game")
-        say(f"mean score of the last {over} {content['mean_return']:.2f}{best}")
-    # With slashes: Windows takes them too, while its cmd knows no quotes like those of `quote`.
-    script, folder, runs = (
-        shlex.quote(path.as_posix()) for path in (Path(sys.argv[0]), run.folder, run.folder.parent)
-    )
-    say(f"  curves   tensorboard --logdir {runs}")
-    if path:
-        say(f"  weights  {path}")
-        say(f'  watch    python3 {script} --run=1 --model-filename="{path.name}"{env_flag(config)}')
-    more = f" --total-timesteps={2 * content['global_step']}" if trained else ""
-    say(f"  go on    python3 {script} --resume={folder}{more}")
-
-
 def bring_back(state: TrainState, games: ReplayableGames, run: Run) -> np.ndarray:
     """Go on where `run` was saved. Returns its games' frames. Raises UserError."""
     try:
@@ -1786,7 +1750,7 @@ def set_up(config: Config, run: Run | None) -> tuple[TrainState, ReplayableGames
             f"{config.num_envs} games x {config.num_steps} steps cannot be split evenly over "
             f"{place().size} processes and then over --num-minibatches={config.num_minibatches}"
         )
-    longest = config.replay_steps + config.max_frames // FRAME_SKIP  # from one seed to the next
+    longest = config.replay_steps + config.max_frames // FRAME_SKIP  # between two seeds of a game
     room = LARGEST_FILE * 4 // 5  # a checkpoint has a byte for each step of each game
     if config.num_envs * longest > room:
         raise UserError(
@@ -1819,16 +1783,41 @@ def set_up(config: Config, run: Run | None) -> tuple[TrainState, ReplayableGames
 
 
 def close_run(config: Config, run: Run, checkpoints: Checkpoints, logger: Logger) -> bool:
-    """Save what is kept and say what it is. Returns whether all went well."""
-    kept = checkpoints.content
-    steps = config.total_timesteps if kept["update"] == config.num_updates else kept["global_step"]
+    """Save what is kept; say what was learnt, how fast, where it lies, and which commands show it
+    and go on. Returns whether all was saved.
+    """
+    kept, progress = checkpoints.content, logger.progress
+    trained = kept["update"] == config.num_updates
+    steps = config.total_timesteps if trained else kept["global_step"]
     path = Path("models") / f"ai_{kept['game']}_game{steps}.mdl"
     for target in (run.folder / "last.mdl", path):
         checkpoints.keep_model(target)
     saved = checkpoints.write()
     saved &= logger.close()
-    shown = None if path in checkpoints.models else path
-    print_summary(config, kept, logger.progress, run, shown)
+
+    verb = "Trained" if trained else "Stopped after"
+    text = f"\n{verb} {kept['global_step']:,} steps, {counted(kept['games'], 'game')}, in "
+    text += f"{timedelta(seconds=round(progress.seconds))}: {progress.speed:,.0f} steps/s"
+    if run.saved:
+        text += f", resumed at {run.saved['global_step']:,}"
+        nothing_left = trained and progress.done == progress.initial
+        text += ": nothing was left to train" if nothing_left else ""
+    say(text)
+    if kept["scores"]:
+        best = kept["best_return"]
+        best = f", at best {best:.2f}" if math.isfinite(best) else ""
+        over = counted(len(kept["scores"]), "game")
+        say(f"mean score of the last {over} {kept['mean_return']:.2f}{best}")
+    # With slashes: Windows takes them too, while its cmd knows no quotes like those of `quote`.
+    script, folder, runs = (
+        shlex.quote(x.as_posix()) for x in (Path(sys.argv[0]), run.folder, run.folder.parent)
+    )
+    say(f"  curves   tensorboard --logdir {runs}")
+    if path not in checkpoints.models:  # else it could not be saved
+        say(f"  weights  {path}")
+        say(f'  watch    python3 {script} --run=1 --model-filename="{path.name}"{env_flag(config)}')
+    more = f" --total-timesteps={2 * kept['global_step']}" if trained else ""
+    say(f"  go on    python3 {script} --resume={folder}{more}")
     return saved
 
 
@@ -1844,7 +1833,7 @@ def updates(
         learning_rate = anneal(config, state)
         finished = gather_processes(collect_rollout(state, games, rollout, stop))
         losses = update(state, rollout, config, stop)
-        if stop.requested:  # in its midst: a resume begins it anew
+        if not losses:  # stopped in its midst: a resume begins it anew
             return
         state.update += 1
         state.global_step += config.batch_size
@@ -1870,8 +1859,7 @@ def train(config: Config, run: Run | None = None) -> None:
             for learning_rate, finished, losses in updates(config, state, games, rollout, stop):
                 logger.log_games(state, finished)
                 logger.log_update(state, learning_rate, losses)
-                is_best = state.games >= 100 and state.mean_return > state.best_return
-                if is_best:
+                if is_best := state.games >= 100 and state.mean_return > state.best_return:
                     state.best_return = state.mean_return
                 checkpoints.keep(state, games.state_dict(), logger)
                 if is_best:
@@ -1980,8 +1968,8 @@ def print_scores(scores: np.ndarray, interval: float | None, rom: str) -> None:
 def evaluate(config: Config) -> Path:
     """Play whole games, many at once, print the true scores and write them as JSON.
 
-    Which games count is settled before the first: each slot plays its share of them. To take the
-    first that end would take too many short ones.
+    Which games count is settled before the first: each slot plays its share of them. The first N
+    that end would be too many short ones, whose scores are low.
     """
     game = find_game(config)
     slots = min(config.evaluate, 32)
@@ -2159,7 +2147,7 @@ class Recorder:
             self.stream = video.add_stream("libx264", rate=EMULATOR_FPS, options=options)
             self.stream.height, self.stream.width = picture.shape[:2]
             self.stream.pix_fmt = "yuv420p"
-            video.start_encoding()  # where that finds no room, the next call would be a SIGSEGV
+            video.start_encoding()  # fails cleanly on a full disk, where the next call would crash
             self.video = video
         frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="bgr24")
         self.video.mux(self.stream.encode(frame))
@@ -2177,7 +2165,7 @@ class Recorder:
             Image.fromarray(unpack(png)).quantize(palette=palette, dither=Image.Dither.NONE)
             for png in self.pngs
         )
-        # A GIF counts in hundredths of a second: 7, 6 and 7 make three fifteenths, a step each.
+        # A step is 6.67 hundredths of a second, in which a GIF counts: 7, 6 and 7 by turns.
         ends = np.rint(np.arange(len(self.pngs) + 1) * FRAME_SKIP / EMULATOR_FPS * 100) * 10
         durations = np.diff(ends).astype(int).tolist()
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -2194,7 +2182,7 @@ class Recorder:
                 self.video.mux(self.stream.encode(None))
                 self.video.close()
             os.replace(self.draft, self.path)
-        finally:  # left only where the disk is full: it cannot be played
+        finally:  # still there if writing failed: half a film cannot be played
             self.draft.unlink(missing_ok=True)
         seconds = min(self.count / EMULATOR_FPS, self.GIF_SECONDS if self.is_gif else math.inf)
         return f"{self.path}: {seconds:.1f} seconds, {self.path.stat().st_size / 1e6:.2f} MB"
@@ -2206,7 +2194,7 @@ def watch(
     """Play on and on for `view`; yields each step's emulator frames, (210, 160, 3) uint8, RGB."""
     for moment in run_episodes(agent, games, config, seed):
         shots = games.env.render()[0]
-        if shots:  # none: a life was lost in a game that goes on without FIRE
+        if shots:  # none where the reset after a lost life plays none, without FIRE
             view.observe(moment, games.scores[0], len(shots[0]))
             yield shots
 
@@ -2229,7 +2217,8 @@ def record(config: Config) -> None:
             shots = shots[: skip + frames - progress.done] if frames else shots
             for rgb in shots[max(0, skip - progress.done) :]:
                 recorder.add(view.picture(rgb))
-            progress.advance(len(shots), f"game {view.games + 1}, score {games.scores[0]:,.10g}")
+            over = counted(view.games, "game")
+            progress.advance(len(shots), f"{over} over, score {games.scores[0]:,.10g}")
             enough = recorder.count == frames if frames else view.games == config.episodes
             if enough or recorder.full:
                 break
@@ -2355,14 +2344,14 @@ class Player:
 
     def wait(self, seconds: float) -> None:
         """Let the window live for so long, at least a millisecond, and do what its keys ask for."""
-        key = cv2.waitKeyEx(max(1, round(seconds * 1000))) & 0xFFFF  # above: Shift, Num Lock
+        key = cv2.waitKeyEx(max(1, round(seconds * 1000))) & 0xFFFF  # above are Shift and so on
         if 0 < key < 256:  # arrows and the like lie higher; -1, no key, as well
             self.press(chr(key).lower())
         if sys.platform == "darwin":  # no window can be closed there, and one put away is not seen
             return
         try:
             self.quit |= cv2.getWindowProperty(self.TITLE, cv2.WND_PROP_VISIBLE) < 1
-        except cv2.error:  # Qt forgets all about the last window that is closed
+        except cv2.error:  # Qt no longer knows a window that was closed
             self.quit = True
 
     def show(self, rgb: np.ndarray) -> None:
@@ -2450,12 +2439,11 @@ def build_parser() -> argparse.ArgumentParser:
     )
     titles = {"mode": "what to do (none of the first three: train)", "game": "game and machine"}
     groups: dict[str, Any] = {}
-    hints = get_type_hints(Config)
     for field in dataclasses.fields(Config):
         name, flag = field.metadata["group"], f"--{field.name.replace('_', '-')}"
         if name not in groups:
             groups[name] = parser.add_argument_group(titles.get(name, name))
-        kind = (get_args(hints[field.name]) or (hints[field.name],))[0]  # float of float | None
+        kind = (get_args(field.type) or (field.type,))[0]  # float of float | None
         metavar = {int: "N", float: "X", str: "NAME"}.get(kind)
         options: dict[str, Any] = {"type": kind, "metavar": metavar}
         default: Any = field.default
@@ -2471,8 +2459,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def check_mode(given: dict[str, Any]) -> None:
-    """Raise UserError where flags were typed that do nothing to how an agent plays, though they
-    seem to, or that would begin a long training.
+    """Raise UserError for flags that do nothing in the mode asked for, and for a mistyped mode
+    (--record=, --evaluate=0), which would begin a long training.
     """
     if given.get("record") == "":
         raise UserError("--record= needs the name of a file, .gif or .mp4")
@@ -2503,8 +2491,9 @@ def all_processes() -> Iterator[None]:
     if not (dist.is_available() and dist.is_torchelastic_launched()):
         yield
         return
-    # Functions in there take the group of that moment as a default. The optimizer imports them: so
-    # late, the group and its threads would outlive their end, and now and then abort the exit.
+    # Its functions keep, as a default, the group that there is when they are imported. The
+    # optimizer would import them after the group is made: that and its threads would then outlive
+    # destroy_process_group, and now and then abort the exit.
     import torch.distributed.nn
 
     if torch.cuda.is_available():
