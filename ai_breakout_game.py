@@ -15,8 +15,8 @@
     tensorboard --logdir runs
 
 The default flags bring 449 points (430 with another seed) in five million steps: 73 minutes on one
-fast core, 4 h 40 min on two slow ones. The agent that ships took 92 million, in five commands
-(models/README.md), and scores 808.1 +- 24.6, in other games 780.0 +- 30.2 (means of 100 games; a
+fast core, 4 h 40 min on two slow ones. The agent that ships took 113 million, in six commands
+(models/README.md), and scores 807.3 +- 25.3, in other games 804.5 +- 25.9 (means of 100 games; a
 human 31.8, random buttons 1.7).
 
 The file reads once, from top to bottom: configuration, several processes, the game and its
