@@ -430,7 +430,7 @@ class EpisodicLifeEnv(gym.Wrapper):
         actions = self.unwrapped.get_action_meanings()
         if not new_game and "FIRE" in actions:
             *_, served = self.step(actions.index("FIRE"))
-            new_game = self.game_over  # rare: the last ball was lost as it was served
+            new_game = self.game_over  # rare: the last ball was lost at once, `served` tells
         if new_game:
             obs, info = self.env.reset(**kwargs)
             self.lives, self.game_over, self.last = info["lives"], False, (obs, served | info)
@@ -1232,7 +1232,7 @@ def read_file(path: Path, kind: str, bare: bool = False) -> Any:
                 raise ValueError("another version of this program saved it")
             length = len(seal(b""))
             sealed = data[-length:] == seal(data[:-length])
-            bare &= data[-22:-18] == b"PK\5\6" and data[-2:] == b"\0\0"  # no comment
+            bare &= data[-22:-18] == b"PK\5\6" and data[-2:] == b"\0\0"  # ends uncommented
             if not sealed and (not bare or archive.testzip()):
                 raise ValueError("its checksum does not match")
         with warnings.catch_warnings(action="ignore"):
@@ -2194,7 +2194,7 @@ def watch(
     """Play on and on for `view`; yields each step's emulator frames, (210, 160, 3) uint8, RGB."""
     for moment in run_episodes(agent, games, config, seed):
         shots = games.env.render()[0]
-        if shots:  # none where the reset after a lost life plays none, without FIRE
+        if shots:  # without FIRE, the reset after a lost life plays no frames
             view.observe(moment, games.scores[0], len(shots[0]))
             yield shots
 
