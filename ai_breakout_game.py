@@ -14,12 +14,9 @@
     python3 ai_breakout_game.py --evaluate=100 --model-filename="ai_breakout_game3000.mdl"
     tensorboard --logdir runs
 
-The file reads from top to bottom, and each definition uses only what stands above it. Everything
-that learns is in the sections Environment, Network and PPO.
-
-Shapes: T steps of a rollout, N games played at once, B = T * N, M samples of a minibatch,
-A actions. A step is one decision of the agent, four frames of the emulator. An episode is one
-life, a game is all lives.
+Each definition uses only what stands above it. Environment, Network and PPO are all that learns.
+Shapes: T steps of a rollout, N games played at once, B = T * N, M steps of a minibatch, A actions.
+A step is four frames of the emulator, an episode is one life, a game is all lives.
 """
 
 import argparse
@@ -75,10 +72,7 @@ gym.register_envs(ale_py)
 ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)
 tqdm.monitor_interval = 0  # without its thread, which can abort the interpreter's exit
 
-# --------------------------------------------------------------------------------------------------
-# Configuration
-# --------------------------------------------------------------------------------------------------
-
+# ---- Configuration -------------------------------------------------------------------------------
 
 class UserError(Exception):
     """A mistake that the user can correct: `main` prints one line and exits with code 2."""
@@ -102,8 +96,7 @@ class Config:
     model_filename: str = flag("", "mode", "weights to play or to train further, or 'random'")
 
     env_id: str = flag("BreakoutNoFrameskip-v4", "game", "any ALE game that Gymnasium registers")
-    sticky_actions: float = flag(0.0, "game", "probability of repeating the last action "
-        "(default: as registered for --env-id)", high=1)
+    sticky_actions: float = flag(0.0, "game", "action repeat chance (default: by --env-id)", high=1)
     max_frames: int = flag(108_000, "game", "emulator frames until a game is truncated", 4, 10**9)
     patience: float = flag(250.0, "game", "steps without a point until actions get more random")
     multithreading: bool = flag(True, "game", "native threads; no: the Python wrappers, in turn")
@@ -112,7 +105,6 @@ class Config:
 
     greedy: bool = flag(False, "playing", "take the most probable action instead of sampling")
     seconds: float = flag(0.0, "recording", "length of the recording (default: one game)", 0.1, 1e6)
-    skip: float = flag(0.0, "recording", "seconds of play before the recording starts", high=1e6)
 
     total_timesteps: int = flag(5_000_000, "training", "steps to train, all games together", 1)
     num_envs: int = flag(8, "training", "games played at once", 1, 4096)
@@ -134,19 +126,12 @@ class Config:
     # fmt: on
 
     @property
-    def batch_size(self) -> int:
-        """B = T * N: steps per rollout."""
-        return self.num_envs * self.num_steps
-
-    @property
     def num_updates(self) -> int:
-        """Rollouts needed to reach `total_timesteps`."""
-        return math.ceil(self.total_timesteps / self.batch_size)
+        """Rollouts of N * T steps that reach `total_timesteps`."""
+        return math.ceil(self.total_timesteps / (self.num_envs * self.num_steps))
 
 
-# --------------------------------------------------------------------------------------------------
-# Environment: from the emulator's screen to the network's input
-# --------------------------------------------------------------------------------------------------
+# ---- Environment: from the emulator's screen to the network's input ------------------------------
 
 # As in Mnih et al., "Human-level control through deep reinforcement learning", Nature 2015.
 FRAME_SKIP = 4  # emulator frames per action
@@ -159,9 +144,9 @@ def game_settings(env_id: str) -> dict[str, Any]:
     """The registered settings of an ALE game. Raises UserError that names similar games."""
     known = {name: spec.kwargs for name, spec in gym.registry.items() if "game" in spec.kwargs}
     if env_id not in known:
-        ids = {re.split("[-/]", name)[-2].lower(): name for name in known}  # the newest of a name
-        asked = re.split("[-/]", f"{env_id.removeprefix('ALE/')}-")[0].lower()
-        near = [ids[name] for name in difflib.get_close_matches(asked, ids)]
+        short = {name.removeprefix("ALE/").split("-")[0].lower(): name for name in known}
+        asked = env_id.removeprefix("ALE/").split("-")[0].lower().replace("deterministic", "")
+        near = [short[name] for name in difflib.get_close_matches(asked, short)]
         hint = f"; did you mean {' or '.join(near)}?" if near else ""
         raise UserError(f"--env-id={env_id} is not an ALE game{hint}")
     return known[env_id]
@@ -176,15 +161,6 @@ def action_names(env_id: str) -> list[str]:
 def fire_action(names: list[str]) -> int | None:
     """The number of the action FIRE, which serves the ball, in games that have it."""
     return names.index("FIRE") if "FIRE" in names else None
-
-
-class RGBSaveEnv(gym.wrappers.RenderCollection):
-    """Keeps the RGB frames of the last step, (210, 160, 3) uint8, for `render` to return."""
-
-    def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict]:
-        result = super().step(action)
-        del self.frame_list[:-FRAME_SKIP]
-        return result
 
 
 class FireResetEnv(gym.Wrapper):
@@ -204,16 +180,13 @@ class NoopResetEnv(gym.Wrapper):
     def reset(self, **kwargs: Any) -> tuple[np.ndarray, dict]:
         obs, info = self.env.reset(**kwargs)
         for _ in range(self.unwrapped.np_random.integers(NOOP_MAX)):
-            obs, _, terminated, truncated, info = self.env.step(0)
-            if terminated or truncated:
-                obs, info = self.env.reset()
+            obs, _, _, _, info = self.env.step(0)
         return obs, info
 
 
 class MaxAndSkipEnv(gym.Wrapper):
-    """Repeats each action for four frames and returns the maximum of the last two, (210, 160).
-
-    The Atari draws some objects in every other frame only: the maximum always shows them.
+    """Repeats an action for four frames and returns the maximum of the last two, (210, 160) uint8:
+    the Atari draws some objects in every other frame only.
     """
 
     def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict]:
@@ -233,57 +206,48 @@ class ServeEnv(gym.Wrapper):
 
     def reset(self, **kwargs: Any) -> tuple[np.ndarray, dict]:
         obs, info = self.env.reset(**kwargs)
-        self.fire, self.lives = fire_action(self.unwrapped.get_action_meanings()), info["lives"]
-        self.serve = False
+        self.fire = fire_action(self.unwrapped.get_action_meanings())
+        self.lives, self.life_lost = info["lives"], False
         return obs, info
 
     def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict]:
-        result = self.env.step(self.fire if self.serve else action)
-        lives = result[-1]["lives"]
-        self.serve = self.fire is not None and 0 < lives < self.lives
-        self.lives = lives
+        serve = self.life_lost and self.fire is not None
+        result = self.env.step(self.fire if serve else action)
+        lives_before, self.lives = self.lives, result[-1]["lives"]
+        self.life_lost = 0 < self.lives < lives_before
         return result
 
 
-def make_env(
-    env_id: str, seed: int | None = None, keep_rgb: bool = False,
-    sticky_actions: float | None = None, max_frames: int = Config.max_frames,
-) -> gym.Env:  # fmt: skip
-    """One game with all wrappers: observations (4, 84, 84) uint8, true rewards, whole games.
-
-    The grayscale screen is the emulator's own luminance, as in the native environment.
-    """
-    settings = game_settings(env_id)
-    sticky = settings["repeat_action_probability"] if sticky_actions is None else sticky_actions
-    env = AtariEnv(
-        settings["game"], obs_type="grayscale", render_mode="rgb_array", frameskip=1,
-        repeat_action_probability=sticky,
-    )  # fmt: skip
-    env = RGBSaveEnv(env) if keep_rgb else env
-    env = MaxAndSkipEnv(NoopResetEnv(FireResetEnv(env)))
-    env = ServeEnv(gym.wrappers.TimeLimit(env, math.ceil(max_frames / FRAME_SKIP)))
+def make_env(env_id: str, seed=None, keep_rgb=False, sticky_actions=None, max_frames=108_000):
+    """One game: observations (4, 84, 84) uint8, true rewards; an episode is a whole game."""
+    options = game_settings(env_id) | {"frameskip": 1, "max_num_frames_per_episode": None}
+    if sticky_actions is not None:
+        options["repeat_action_probability"] = sticky_actions
+    # The grayscale screen is the emulator's luminance, as in the native environment.
+    env = AtariEnv(**options, obs_type="grayscale", render_mode="rgb_array")
+    # RGB frames, (210, 160, 3) uint8, are kept until `render` returns them.
+    env = gym.wrappers.RenderCollection(env) if keep_rgb else env
+    env = ServeEnv(MaxAndSkipEnv(NoopResetEnv(FireResetEnv(env))))
+    env = gym.wrappers.TimeLimit(env, math.ceil(max_frames / FRAME_SKIP))
     env = gym.wrappers.ResizeObservation(env, (FRAME_SIZE, FRAME_SIZE))  # (84, 84) uint8
     env = gym.wrappers.FrameStackObservation(env, FRAME_STACK, padding_type="zero")  # newest last
-    if seed is not None:
-        env.reset(seed=seed)
+    env.reset(seed=seed)
     return env
 
 
 def make_vector_env(config: Config, num_envs: int, keep_rgb: bool = False) -> gym.vector.VectorEnv:
-    """N whole games with true rewards: the wrappers above, or the same in C++ on native threads.
-
-    In both, the step after the end of a game ignores the action and resets the game (NEXT_STEP).
+    """N times `make_env`, or the same in C++ on native threads. In both, the step after the end of
+    a game ignores the action and resets the game (NEXT_STEP).
     """
     sticky, max_frames = config.sticky_actions, config.max_frames
-    if config.multithreading and not keep_rgb:
-        return AtariVectorEnv(
-            game_settings(config.env_id)["game"], num_envs, repeat_action_probability=sticky,
-            max_num_frames_per_episode=max_frames, frameskip=FRAME_SKIP, stack_num=FRAME_STACK,
-            img_height=FRAME_SIZE, img_width=FRAME_SIZE, noop_max=NOOP_MAX, reward_clipping=False,
-        )  # fmt: skip
-    make = functools.partial(make_env, config.env_id, None, keep_rgb, sticky, max_frames)
-    mode = gym.vector.AutoresetMode.NEXT_STEP
-    return gym.vector.SyncVectorEnv([make] * num_envs, autoreset_mode=mode)
+    if keep_rgb or not config.multithreading:
+        make = functools.partial(make_env, config.env_id, None, keep_rgb, sticky, max_frames)
+        return gym.vector.SyncVectorEnv([make] * num_envs)
+    return AtariVectorEnv(
+        game_settings(config.env_id)["game"], num_envs, repeat_action_probability=sticky,
+        max_num_frames_per_episode=max_frames, frameskip=FRAME_SKIP, stack_num=FRAME_STACK,
+        img_height=FRAME_SIZE, img_width=FRAME_SIZE, noop_max=NOOP_MAX, reward_clipping=False,
+    )  # fmt: skip
 
 
 class FinishedGame(NamedTuple):
@@ -295,55 +259,42 @@ class FinishedGame(NamedTuple):
 
 
 class StepResult(NamedTuple):
-    """The result of one step in N games.
-
-    A reset and the serve after a lost life are steps of their own, in which the agent's action is
-    ignored. They are no decisions of the policy, and are not learnt from:
-
-        step t       loses a life or ends the game: terminated[i]; frames[i] are its last
-        step t + 1   serves the ball or resets the game: decided[i] is False
-        step t + 2   the agent decides again
+    """The result of one step in N games. A reset and the serve after a lost life are steps of their
+    own, which ignore the agent's action: they are no decisions, and are not learnt from.
     """
 
-    frames: np.ndarray  # (N, 4, 84, 84) uint8, after the step
     rewards: np.ndarray  # (N,) float32, clipped to their sign
     terminated: np.ndarray  # (N,) bool: a life was lost or the game is over
     truncated: np.ndarray  # (N,) bool: the game reached `max_frames`
     decided: np.ndarray  # (N,) bool: the agent's action was used
-    lives: np.ndarray  # (N,) int
     finished: list[FinishedGame]
 
 
 class Games:
-    """N games, and what must be remembered between their steps."""
+    """N games, and what is remembered between steps: `frames` (N, 4, 84, 84) uint8, for example."""
 
     def __init__(self, config: Config, num_envs: int, keep_rgb: bool = False) -> None:
-        self.env = make_vector_env(config, num_envs, keep_rgb)
-        self.num_envs, self.num_actions = num_envs, len(action_names(config.env_id))
-        self.fire = fire_action(action_names(config.env_id))
+        self.env, self.num_envs = make_vector_env(config, num_envs, keep_rgb), num_envs
+        self.action_names = action_names(config.env_id)
+        self.fire = fire_action(self.action_names)
 
-    def reset(self, *entropy: int) -> np.ndarray:
-        """Start new games. Returns their frames, (N, 4, 84, 84) uint8.
-
-        SeedSequence hashes `entropy` to one seed for each game: neighbouring seeds share none.
-        """
+    def reset(self, *entropy: int) -> None:
+        """Start new games. SeedSequence hashes `entropy`: different ones share no game's seed."""
         seeds = (np.random.SeedSequence(entropy).generate_state(self.num_envs) >> 1).astype(int)
         native = isinstance(self.env, AtariVectorEnv)
-        frames, info = self.env.reset(seed=seeds if native else seeds.tolist())
+        self.frames, info = self.env.reset(seed=seeds if native else seeds.tolist())
         self.lives = info["lives"]
         self.scores, self.lengths = np.zeros(self.num_envs), np.zeros(self.num_envs, int)
         self.idle = np.zeros(self.num_envs, int)  # decisions since the last point or lost life
         self.game_over, self.serve = np.zeros((2, self.num_envs), bool)
-        return frames
 
     def step(self, actions: np.ndarray) -> StepResult:
         """Take `actions`, (N,) int64. Raises ValueError for a number that is not an action."""
-        if actions.min() < 0 or actions.max() >= self.num_actions:  # would hang the emulator
-            raise ValueError(f"actions {actions}: the game has {self.num_actions}")
-        if self.fire is not None:
-            actions = np.where(self.serve, self.fire, actions)
+        if actions.min() < 0 or actions.max() >= len(self.action_names):  # hangs the emulator
+            raise ValueError(f"actions {actions}: the game has {len(self.action_names)}")
+        actions = np.where(self.serve, self.fire or 0, actions)
         restarted, decided = self.game_over, ~(self.game_over | self.serve)
-        frames, rewards, over, truncated, info = self.env.step(actions)
+        self.frames, rewards, over, truncated, info = self.env.step(actions)
 
         life_lost = ~restarted & (info["lives"] > 0) & (info["lives"] < self.lives)
         terminated, self.game_over, self.lives = over | life_lost, over | truncated, info["lives"]
@@ -356,12 +307,12 @@ class Games:
         over = np.flatnonzero(self.game_over).tolist()
         finished = [FinishedGame(i, float(self.scores[i]), int(self.lengths[i])) for i in over]
         clipped = np.sign(rewards).astype(np.float32)
-        return StepResult(frames, clipped, terminated, truncated, decided, self.lives, finished)
+        return StepResult(clipped, terminated, truncated, decided, finished)
 
 
-# --------------------------------------------------------------------------------------------------
-# Network
-# --------------------------------------------------------------------------------------------------
+# ---- Network -------------------------------------------------------------------------------------
+
+Batch = dict[str, Tensor]  # tensors by name, for N games, (T, N) steps, or M steps in any order
 
 
 def init_layer(layer: nn.Module, gain: float = math.sqrt(2)) -> nn.Module:
@@ -372,10 +323,8 @@ def init_layer(layer: nn.Module, gain: float = math.sqrt(2)) -> nn.Module:
 
 
 class FrameConv(nn.Conv2d):
-    """The first convolution, kernel 8, stride 4: frames (M, 4, 84, 84) uint8 are scaled to 0..1.
-
-    Computed with stride 1 over blocks of 4 x 4 pixels, (M, 64, 21, 21): the same sum, but in
-    bfloat16 the network is 1.5 times as fast.
+    """The first convolution, of frames (M, 4, 84, 84) uint8, scaled to 0..1. It is computed with
+    stride 1 over blocks of 4 x 4 pixels, (M, 64, 21, 21): 1.5 times as fast in bfloat16.
     """
 
     def forward(self, frames: Tensor) -> Tensor:
@@ -393,10 +342,7 @@ class FrameConv(nn.Conv2d):
 
 
 class Dense(nn.Linear):
-    """nn.Linear, on a CPU as a 1x1 convolution: 8 % off an update on AMD processors.
-
-    torch leaves matrix products to MKL and convolutions to oneDNN, which is faster there.
-    """
+    """nn.Linear, on a CPU as a 1x1 convolution: oneDNN instead of MKL, 8 % off an update on AMD."""
 
     def forward(self, x: Tensor) -> Tensor:
         if x.device.type != "cpu" or x.dtype != torch.float32 or len(x) < 64:
@@ -405,22 +351,10 @@ class Dense(nn.Linear):
         return nn.functional.conv2d(image, self.weight[:, :, None, None], self.bias)[0, :, 0].t()
 
 
-class Decision(NamedTuple):
-    """What an agent decides in N games."""
-
-    actions: Tensor  # (N,) int64
-    log_probs: Tensor  # (N, A) float32, of all actions
-    values: Tensor  # (N,) float32
-    temperatures: Tensor  # (N,) float32
-
-
 class Agent(nn.Module):
-    """The network of Mnih et al. (2015), with a policy (actor) and a value (critic) on top.
+    """The network of Mnih et al. (2015), with a policy (actor) and a value (critic) on top."""
 
-    The large layers compute in `precision`; weights, actor and critic are float32.
-    """
-
-    precision = torch.float32
+    precision = torch.float32  # of the large layers; weights, actor and critic are float32
     patience = Config.patience
 
     def __init__(self, num_actions: int) -> None:
@@ -459,27 +393,24 @@ class Agent(nn.Module):
             return self.actor(hidden), self.critic(hidden).squeeze(-1)
 
     @torch.no_grad()
-    def act(
-        self, frames: Tensor, idle: np.ndarray, generator: torch.Generator, greedy: bool = False
-    ) -> Decision:
+    def act(self, frames: Tensor, idle: np.ndarray, generator: Any, greedy: bool = False) -> Batch:
         """Sample an action from the policy in each of N games, or take the most probable one.
 
-        frames are (N, 4, 84, 84) uint8. `idle` counts the steps since a game's last point, (N,)
-        int: beyond `patience` of them, the logits are divided by idle / patience. A ball that
-        returns for ever without hitting a brick is then played more and more at random.
+        frames are (N, 4, 84, 84) uint8. After idle > patience steps without a point the logits are
+        divided by idle / patience: a ball that returns for ever is played more and more at random.
+        Returns probs (N, A), and actions, their log_probs, values and temperatures, each (N,).
         """
         temperatures = torch.from_numpy(idle / (self.patience or math.inf)).float().clamp_(min=1)
         temperatures = temperatures.to(self.device)
         logits, values = self(frames.to(self.device))
         log_probs = (logits / temperatures[:, None]).log_softmax(-1)
-        sampled = torch.multinomial(log_probs.exp(), 1, generator=generator).squeeze(-1)
-        actions = log_probs.argmax(-1) if greedy else sampled
-        return Decision(actions, log_probs, values, temperatures)
+        sampled = torch.multinomial(log_probs.exp(), 1, generator=generator)
+        actions = log_probs.argmax(-1, keepdim=True) if greedy else sampled
+        taken = {"actions": actions[:, 0], "log_probs": log_probs.gather(-1, actions)[:, 0]}
+        return taken | {"probs": log_probs.exp(), "values": values, "temperatures": temperatures}
 
 
-# --------------------------------------------------------------------------------------------------
-# Processes: torchrun starts several, which train one agent. Skip this section at first.
-# --------------------------------------------------------------------------------------------------
+# ---- Processes: torchrun starts several, which train one agent. Skip this section at first. ------
 
 # Each process (rank) plays its share of the games. Gradients are summed over all ranks, so all have
 # the same weights. Rank 0 logs and saves. Without torchrun, the functions return what they get.
@@ -529,15 +460,11 @@ def process_group() -> Iterator[None]:
         dist.destroy_process_group()
 
 
-# --------------------------------------------------------------------------------------------------
-# PPO: Schulman et al., "Proximal Policy Optimization Algorithms", 2017, arXiv:1707.06347
-# --------------------------------------------------------------------------------------------------
+# ---- PPO: Schulman et al., "Proximal Policy Optimization Algorithms", 2017, arXiv:1707.06347 -----
 
 # Play T steps with the current policy. Where an action led to more reward than the value predicted
 # (its advantage is positive), increase its probability. Once the probability has changed by a
 # factor of 1 +- clip_coef, the loss rewards no further change: so each step can be used repeatedly.
-
-Batch = dict[str, Tensor]  # of a rollout, (T, N, ...), or of B or M steps in any order
 
 
 @dataclasses.dataclass
@@ -553,8 +480,6 @@ class TrainState:
     best_mean: float = -math.inf  # highest mean score at a checkpoint
     scores: deque[float] = dataclasses.field(default_factory=lambda: deque(maxlen=100))
 
-    COUNTERS = ("update", "global_step", "num_games", "best_mean")
-
     @property
     def mean_score(self) -> float:
         """Mean true score of the last 100 games; nan before the first."""
@@ -562,19 +487,17 @@ class TrainState:
 
     def state_dict(self) -> dict[str, Any]:
         """All that a resumed run needs, except its Config. Tensors are not copied."""
-        state = {name: getattr(self, name) for name in self.COUNTERS}
-        state |= {"scores": list(self.scores), "weights": self.agent.state_dict()}
-        state |= {"optimizer": self.optimizer.state_dict()}
-        return state | {"generator": self.generator.get_state()}
+        state = {"scores": list(self.scores), "generator": self.generator.get_state()}
+        state |= {"agent": self.agent.state_dict(), "optimizer": self.optimizer.state_dict()}
+        return vars(self) | state
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Restore a `state_dict`."""
-        self.agent.load_state_dict(saved["weights"])
+        self.agent.load_state_dict(saved["agent"])
         self.optimizer.load_state_dict(saved["optimizer"])
         self.scores.extend(saved["scores"])
-        for name in self.COUNTERS:
+        for name in ("update", "global_step", "num_games", "best_mean"):
             setattr(self, name, saved[name])
-        self.generator.manual_seed(self.global_step + rank())
         if rank() == 0 and saved["generator"].shape == self.generator.get_state().shape:
             self.generator.set_state(saved["generator"])  # not one of another kind of device
 
@@ -593,11 +516,6 @@ def make_rollout(num_steps: int, num_envs: int, device: torch.device) -> Batch:
     return rollout | {name: zeros(size, dtype=torch.bool) for name in flags}
 
 
-def pick(log_probs: Tensor, actions: Tensor) -> Tensor:
-    """The log probabilities of the actions: (N, A) and (N,) -> (N,)."""
-    return log_probs.gather(-1, actions[:, None]).squeeze(-1)
-
-
 def anneal(state: TrainState, config: Config) -> float:
     """Set the learning rate of the next update and return it."""
     left = 1 - state.update / config.num_updates if config.anneal_lr else 1.0
@@ -607,22 +525,20 @@ def anneal(state: TrainState, config: Config) -> float:
 
 @torch.no_grad()
 def collect_rollout(state: TrainState, games: Games, rollout: Batch) -> list[FinishedGame]:
-    """Play T steps from where the last rollout ended. Returns the games that finished."""
-    frames, values, finished = rollout["frames"], rollout["values"], []
-    frames[0] = frames[-1]
+    """Play T steps. Returns the games that finished."""
+    frames, finished = rollout["frames"], []
     with state.agent.autocast():
         for t in range(len(frames) - 1):
+            frames[t] = torch.from_numpy(games.frames)
             decision = state.agent.act(frames[t], games.idle, state.generator)
-            rollout["actions"][t], values[t] = decision.actions, decision.values
-            rollout["temperatures"][t] = decision.temperatures
-            rollout["log_probs"][t] = pick(decision.log_probs, decision.actions)
-
-            result = games.step(decision.actions.cpu().numpy())
+            for name in ("actions", "log_probs", "values", "temperatures"):
+                rollout[name][t] = decision[name]
+            result = games.step(decision["actions"].cpu().numpy())
             for name in ("rewards", "terminated", "truncated", "decided"):
                 rollout[name][t] = torch.from_numpy(getattr(result, name))
-            frames[t + 1] = torch.from_numpy(result.frames)
             finished += result.finished
-        values[-1] = state.agent(frames[-1])[1]
+        frames[-1] = torch.from_numpy(games.frames)
+        rollout["values"][-1] = state.agent(frames[-1])[1]
 
     finished = list(itertools.chain(*all_gather(finished)))
     state.global_step += rollout["actions"].numel() * world_size()
@@ -631,17 +547,13 @@ def collect_rollout(state: TrainState, games: Games, rollout: Batch) -> list[Fin
     return finished
 
 
-def compute_gae(
-    rewards: Tensor, values: Tensor, terminated: Tensor, truncated: Tensor,
-    gamma: float, gae_lambda: float,
-) -> Tensor:  # fmt: skip
+def compute_gae(rewards, values, terminated, truncated, gamma: float, gae_lambda: float) -> Tensor:
     """Generalized advantage estimation: Schulman et al. 2016, arXiv:1506.02438, equation 16.
 
         delta_t = r_t + gamma * V(s_t+1) - V(s_t)        A_t = delta_t + gamma * lambda * A_t+1
 
-    values are (T + 1, N), all others (T, N). Returns advantages (T, N). After a termination
-    V(s_t+1) is zero. After a truncation it is the value of the game's last frame, values[t + 1].
-    Both end the sum.
+    values are (T + 1, N), other tensors (T, N). Returns advantages, (T, N). After a termination
+    V(s_t+1) is zero; after a truncation, the value of the game's last frame. Both end the sum.
     """
     deltas = rewards + gamma * values[1:] * ~terminated - values[:-1]
     decay = gamma * gae_lambda * ~(terminated | truncated)
@@ -655,10 +567,8 @@ def make_batch(rollout: Batch, config: Config) -> Batch:
     """The steps of a rollout in one row, (B, ...), with advantages, returns and weights."""
     steps = {name: x[: config.num_steps] for name, x in rollout.items()}
     rewards = steps["rewards"] - config.life_cost * steps["terminated"]
-    steps["advantages"] = compute_gae(
-        rewards, rollout["values"], steps["terminated"], steps["truncated"],
-        gamma=config.gamma, gae_lambda=config.gae_lambda,
-    )  # fmt: skip
+    ends, discounts = (steps["terminated"], steps["truncated"]), (config.gamma, config.gae_lambda)
+    steps["advantages"] = compute_gae(rewards, rollout["values"], *ends, *discounts)
     steps["returns"] = steps["advantages"] + steps["values"]  # the target of the value
     steps["weights"] = steps["decided"].float()  # of each step in the loss
     return {name: x.flatten(0, 1) for name, x in steps.items()}
@@ -695,13 +605,11 @@ def masked_moments(x: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def ppo_loss(logits: Tensor, values: Tensor, batch: Batch, config: Config) -> dict[str, Tensor]:
-    """The loss of a minibatch, "loss", and its parts, all scalars.
-
-    logits (M, A) and values (M,) are the network's present output. Means are sums weighted by
-    batch["weights"], which add up to 1.
+    """The loss of a minibatch, "loss", and its parts: means weighted by batch["weights"], which add
+    up to 1. logits (M, A) and values (M,) are the network's present output.
     """
     log_probs, advantages = logits.log_softmax(-1), batch["advantages"]
-    log_ratio = pick(log_probs, batch["actions"]) - batch["log_probs"]
+    log_ratio = log_probs.gather(-1, batch["actions"][:, None])[:, 0] - batch["log_probs"]
     ratio = log_ratio.exp()
 
     # The clipped surrogate objective, equation 7.
@@ -740,10 +648,7 @@ def learn_minibatch(state: TrainState, batch: Batch, config: Config) -> dict[str
 
 
 def learn(state: TrainState, rollout: Batch, config: Config) -> dict[str, float]:
-    """Several epochs of minibatches. Returns the mean of each loss, and the explained variance.
-
-    Raises FloatingPointError if a loss or a weight is not finite.
-    """
+    """Several epochs of minibatches. Returns means, by tag. Raises FloatingPointError."""
     batch = make_batch(rollout, config)
     history = [
         learn_minibatch(state, minibatch, config)
@@ -761,18 +666,19 @@ def learn(state: TrainState, rollout: Batch, config: Config) -> dict[str, float]
     numbers = torch.stack([*all_reduce(torch.stack(means)), explained, weights]).tolist()
     if not all(map(math.isfinite, numbers)):
         raise FloatingPointError(f"update {state.update} diverged: try a lower --learning-rate")
-    return dict(zip([*history[0], "explained_variance"], numbers))
+    names = [f"losses/{name}" for name in (*history[0], "explained_variance")]
+    return dict(zip(names, numbers))
 
 
-# --------------------------------------------------------------------------------------------------
-# Saving and loading
-# --------------------------------------------------------------------------------------------------
+# ---- Saving and loading --------------------------------------------------------------------------
 
 MODEL_SETTINGS = ("env_id", "sticky_actions", "max_frames", "patience")  # that a player needs
 
 
 def save_file(content: dict[str, Any], path: Path) -> None:
-    """Write `content` to a draft and rename it: whenever the process dies, `path` is whole."""
+    """Write a draft and rename it: whenever the process dies, `path` is whole. Only on rank 0."""
+    if rank() > 0:
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -802,13 +708,13 @@ def read_file(path: Path) -> Any:
 
 
 def find_file(name: str, paths: list[Path]) -> Path:
-    """The first of `paths` that is a file. Raises UserError that names similar ones to `name`."""
+    """The first of `paths` that is a file. Raises UserError with names that are like `name`."""
     for path in paths:
         if os.path.isfile(path):  # False, not an error, for an impossible name
             return path
-    there = sorted({file.name for path in paths for file in path.parent.glob("*[_.]*")})
-    near = difflib.get_close_matches(name, there, cutoff=0.5) or there[-5:]
-    raise UserError(f"there is no {name}" + f", but {', '.join(near)}" * bool(near))
+    there = [x.name for x in (*Path("models").glob("*.mdl"), *Path("runs").glob("*__*"))]
+    near = difflib.get_close_matches(name, there, cutoff=0.5)
+    raise UserError(f"there is no {name} here" + f", but {' and '.join(near)}" * bool(near))
 
 
 def model_content(state: TrainState, config: Config) -> dict[str, Any]:
@@ -821,8 +727,8 @@ def model_content(state: TrainState, config: Config) -> dict[str, Any]:
 def load_agent(name: str) -> tuple[Agent, dict[str, Any], Path]:
     """An agent, its MODEL_SETTINGS and its file: a model, a checkpoint or a bare state_dict.
 
-    `name` is a path, or a name in models/ here or beside this script, with or without .mdl. Unknown
-    keys are ignored, and the prefixes of DataParallel and torch.compile. Raises UserError.
+    `name` is a path, or a name in models/ here or beside this script. Unknown keys are ignored,
+    and the prefixes of DataParallel and torch.compile. Raises UserError.
     """
     folders = (Path(), Path("models"), Path(__file__).resolve().parent / "models")
     path = find_file(name, [folder / file for folder in folders for file in (name, f"{name}.mdl")])
@@ -831,8 +737,7 @@ def load_agent(name: str) -> tuple[Agent, dict[str, Any], Path]:
         weights = content.get("weights", content)
         weights = {re.sub(r"^(module\.|_orig_mod\.)+", "", str(k)): x for k, x in weights.items()}
         agent = Agent(len(weights["actor.weight"]))
-        if missing := agent.load_state_dict(weights, strict=False).missing_keys:
-            raise KeyError(missing[0])
+        agent.load_state_dict({name: weights[name] for name in agent.state_dict()})
         if not all(x.isfinite().all() for x in agent.parameters()):
             raise ValueError("a weight is not finite")
     except Exception as error:  # of a dozen types: strange tensors, strange names
@@ -843,9 +748,7 @@ def load_agent(name: str) -> tuple[Agent, dict[str, Any], Path]:
     return agent, {"patience": 0.0} | settings, path
 
 
-# --------------------------------------------------------------------------------------------------
-# Training
-# --------------------------------------------------------------------------------------------------
+# ---- Training ------------------------------------------------------------------------------------
 
 CHECKPOINT_SECONDS = 300
 RANDOM_SCORE, HUMAN_SCORE = 1.7, 31.8  # in Breakout: Mnih et al. 2015, extended data table 2
@@ -910,7 +813,8 @@ def progress_bar(total: int | None, unit: str, initial: int = 0) -> tqdm:
     if not sys.stderr.isatty():
         counts = "{n:,} of {total:,}{unit}, {remaining} left" if total else "{n:,}{unit}"
         look = {"bar_format": f"{counts}{{postfix}}\n", "mininterval": 30, "file": sys.stdout}
-    return tqdm(total=total, initial=initial, unit=f" {unit}s", unit_scale=True, miniters=1, **look)
+    look |= {"unit": f" {unit}s", "unit_scale": True, "miniters": 1, "disable": rank() > 0}
+    return tqdm(total=total, initial=initial, **look)
 
 
 def advance(bar: tqdm, units: int, text: str) -> float:
@@ -928,26 +832,26 @@ class Logger:
         from torch.utils.tensorboard import SummaryWriter  # takes a second
 
         self.folder, self.config, self.writer, self.new_writer = folder, config, None, SummaryWriter
-        self.bar = progress_bar(config.num_updates * config.batch_size, "step", state.global_step)
+        total = config.num_updates * config.num_envs * config.num_steps
+        self.bar = progress_bar(total, "step", state.global_step)
         threading.excepthook = lambda _: None  # the writer's thread: `log` reports what ended it
+        self.lock = filelock.FileLock(folder / ".lock", timeout=0)
+        with reported(f"lock {folder}/"):  # until the end: only one process may train a run
+            if rank() == 0:
+                self.lock.acquire()
 
     def open(self, step: int) -> None:
         """Start a file of curves, unless it is there. It replaces all points after `step`."""
-        if not self.writer or not any(self.folder.glob("events.*")):
+        if rank() == 0 and not (self.writer and any(self.folder.glob("events.*"))):
             with reported(f"write curves to {self.folder}/"):
                 self.writer = self.new_writer(str(self.folder), purge_step=step + 1)
-                settings = dataclasses.asdict(self.config).items()
-                text = "".join(f"    {name} = {value}\n" for name, value in settings)
-                self.writer.add_text("config", text, step)
+                self.writer.add_text("config", repr(self.config), step)
 
-    def log(
-        self, state: TrainState, finished: list[FinishedGame], rate: float, losses: dict[str, float]
-    ) -> None:
-        """Log an update with learning rate `rate`, and the games that finished in it."""
+    def log(self, state: TrainState, finished: list[FinishedGame], numbers: dict) -> None:
+        """Log the games that finished in an update, and `numbers` by tag."""
         text = f"mean score {state.mean_score:.2f}" if state.scores else "no game is over yet"
         speed = advance(self.bar, state.global_step - self.bar.n, text)
-        points = [(f"losses/{name}", value) for name, value in losses.items()]
-        points += [("charts/learning_rate", rate), ("charts/SPS", speed)]
+        points = [*numbers.items(), ("charts/SPS", speed)]
         points += [("charts/mean_return_100", state.mean_score)] * bool(state.scores)
         points += [("charts/episodic_return", game.score) for game in finished]
         points += [("charts/episodic_length", game.length) for game in finished]
@@ -962,37 +866,29 @@ class Logger:
 
 
 def save_checkpoint(state: TrainState, config: Config, folder: Path) -> bool:
-    """Write the state of a run, and best.mdl if the mean score of 100 games has risen.
-
-    Returns whether that went well; if not, it is reported, and the next one may succeed.
-    """
+    """Save the state of a run, and best.mdl if the mean score has risen. Returns success."""
     with reported(f"save {folder}/checkpoint.pt"):
         model = model_content(state, config)
         if state.num_games >= 100 and state.mean_score > state.best_mean:
             save_file(model, folder / "best.mdl")
             state.best_mean = state.mean_score
-        content = model | state.state_dict() | {"config": dataclasses.asdict(config)}
-        save_file(content, folder / "checkpoint.pt")
+        settings = {"config": dataclasses.asdict(config)}
+        save_file(model | state.state_dict() | settings, folder / "checkpoint.pt")
         return True
     return False
 
 
 def finish(state: TrainState, config: Config, folder: Path, bar: tqdm) -> bool:
-    """Save the final weights; say what was learnt, and how to watch it and to continue.
-
-    Returns whether the weights were saved.
-    """
+    """Save the final weights, and say how to watch them and to continue. Returns success."""
     trained, rom = state.update == config.num_updates, game_settings(config.env_id)["game"]
-    speed, elapsed = advance(bar, 0, ""), timedelta(seconds=round(bar.format_dict["elapsed"]))
+    elapsed = timedelta(seconds=round(bar.format_dict["elapsed"]))
     bar.close()
-    verb = "Trained" if trained else "Stopped after"
-    say(f"{verb} {state.global_step:,} steps in {elapsed}, {speed:,.0f} steps/s")
+    say(f"{'Trained' if trained else 'Stopped after'} {state.global_step:,} steps in {elapsed}")
     human = f" (random play {RANDOM_SCORE}, a human {HUMAN_SCORE})" * (rom == "breakout")
     say(f"{state.num_games:,} games, mean score of the last 100 {state.mean_score:.2f}{human}")
 
     activated = sys.prefix == sys.base_prefix or "VIRTUAL_ENV" in os.environ
-    python = "python3" if activated else shlex.quote(sys.executable)
-    script = f"{python} {shlex.quote(os.path.relpath(__file__))}"
+    script = shlex.join(["python3" if activated else sys.executable, os.path.relpath(__file__)])
     more = f" --total-timesteps={2 * state.global_step}" * trained
     say(f"  curves   tensorboard --logdir {shlex.quote(str(folder.parent))}")
     say(f"  resume   {script} --resume={shlex.quote(str(folder))}{more}")
@@ -1032,80 +928,55 @@ class StopRequest:
             raise KeyboardInterrupt
         if not self.made and rank() == 0:
             with contextlib.suppress(OSError):
-                os.write(2, b"\nStopping after this update ...\n")  # pass is not reentrant
+                os.write(2, b"\nStopping after this update ...\n")  # print is not reentrant
         self.made = True
 
 
 def train(config: Config, state: TrainState, folder: Path) -> None:
     """Train until `total_timesteps` or until a signal asks to stop. Raises UserError."""
     games = Games(config, config.num_envs // world_size())
+    games.reset(config.seed, state.global_step, rank())
     rollout = make_rollout(config.num_steps, games.num_envs, state.agent.device)
-    rollout["frames"][-1] = torch.from_numpy(games.reset(config.seed, state.global_step, rank()))
     say(f"{config.env_id}, {config.num_envs} games, on {state.agent.device}; curves in {folder}/")
 
-    stop, next_checkpoint, logger = StopRequest(), 0.0, None
-    if rank() == 0:  # saves and logs
-        logger, lock = Logger(folder, config, state), filelock.FileLock(folder / ".lock", timeout=0)
-        with reported(f"lock {folder}/"):
-            lock.acquire()
+    logger, stop, next_checkpoint = Logger(folder, config, state), StopRequest(), 0.0
     with handle_signals(stop):
         while state.update < config.num_updates and not any(all_gather(stop.made)):
-            if logger and time.monotonic() >= next_checkpoint:
+            if time.monotonic() >= next_checkpoint:
                 save_checkpoint(state, config, folder)
                 logger.open(state.global_step)
                 next_checkpoint = time.monotonic() + CHECKPOINT_SECONDS
             learning_rate = anneal(state, config)
             finished = collect_rollout(state, games, rollout)
             losses = learn(state, rollout, config)
-            if logger:
-                logger.log(state, finished, learning_rate, losses)
+            logger.log(state, finished, losses | {"charts/learning_rate": learning_rate})
 
-        if logger:
-            saved = save_checkpoint(state, config, folder)
-            if not (finish(state, config, folder, logger.bar) and saved):
-                raise OSError("not everything was saved")
+        saved = save_checkpoint(state, config, folder)
+        if not (finish(state, config, folder, logger.bar) and saved):
+            raise OSError("not everything was saved")
 
 
-def find_run(name: str) -> Path:
-    """The folder of a run: a path, a name in runs/, its checkpoint, or latest. Raises UserError."""
-    runs = sorted(Path("runs").glob("*/checkpoint.pt"), key=lambda path: path.stat().st_mtime)
-    if name == "latest" and runs:
-        return runs[-1].parent
-    paths = [Path(name), Path(name) / "checkpoint.pt", Path("runs") / name / "checkpoint.pt"]
-    return find_file(name, paths).parent
-
-
-# --------------------------------------------------------------------------------------------------
-# Playing
-# --------------------------------------------------------------------------------------------------
+# ---- Playing -------------------------------------------------------------------------------------
 
 EMULATOR_FPS = 60
 
 
-def run_episodes(
-    agent: Agent, games: Games, config: Config, seed: int
-) -> Iterator[tuple[np.ndarray, Decision, StepResult]]:
-    """Play N games without end: the one loop for watching, recording and evaluating.
-
-    Yields for each step the frames that the agent saw, its decision and the result.
-    """
+def run_episodes(agent: Agent, games: Games, config: Config, seed: int) -> Iterator[tuple]:
+    """Play N games without end. Yields for each step the frames, what `act` says, the result."""
     generator = torch.Generator(agent.device).manual_seed(seed)
-    frames = games.reset(seed)
+    games.reset(seed)
     while True:
+        frames = games.frames
         decision = agent.act(torch.from_numpy(frames), games.idle, generator, config.greedy)
-        result = games.step(decision.actions.cpu().numpy())
-        yield frames, decision, result
-        frames = result.frames
+        yield frames, decision, games.step(decision["actions"].cpu().numpy())
 
 
 def confidence_interval(scores: list[float]) -> float | None:
-    """Half the width of the mean's 95 % interval, by Student's t; None for one score.
-
-    With x = sqrt(n) tan(a), the density of t with n degrees of freedom becomes cos(a)^(n - 1).
-    """
+    """Half the width of the mean's 95 % interval, by Student's t; None for one score."""
     n = len(scores) - 1
     if n < 1:
         return None
+    # With t = sqrt(n) tan(a), the density of t becomes cos(a)^(n - 1).
     angles = np.linspace(0, np.pi / 2, 100_001)[:-1]
     cumulative = np.cumsum(np.cos(angles) ** (n - 1))
     quantile = np.sqrt(n) * np.tan(angles[np.searchsorted(cumulative, 0.95 * cumulative[-1])])
@@ -1113,10 +984,8 @@ def confidence_interval(scores: list[float]) -> float | None:
 
 
 def play_games(agent: Agent, config: Config) -> list[FinishedGame]:
-    """Play --evaluate whole games, up to 32 at once; fewer if Ctrl-C interrupts.
-
-    Each slot plays a fixed share of the games: the first N games to finish would be the short ones,
-    whose scores are low.
+    """Play --evaluate whole games, or fewer until Ctrl-C. Each slot plays a fixed share of them:
+    the first to finish would be the short ones, whose scores are low.
     """
     slots, finished = min(config.evaluate, 32), []
     shares = np.bincount(np.arange(config.evaluate) % slots)
@@ -1159,9 +1028,9 @@ def evaluate(config: Config, agent: Agent, model: Path) -> None:
     different = {(game.score, game.length): game.score for game in finished}
     different = list(different.values()) if config.greedy else scores
     interval = confidence_interval(different)
-    report = {"model": model.name, "games": len(scores), "partial": len(scores) < config.evaluate}
+    report = {name: getattr(config, name) for name in (*MODEL_SETTINGS, "seed", "greedy")}
+    report |= {"model": model.name, "games": len(scores), "partial": len(scores) < config.evaluate}
     report |= {"mean": np.mean(scores), "interval_95": interval, "different_games": len(different)}
-    report |= {name: getattr(config, name) for name in (*MODEL_SETTINGS, "seed", "greedy")}
     report |= {"scores": scores, "lengths": [game.length for game in finished]}
 
     name = f"{model.name}.evaluations.jsonl"
@@ -1175,25 +1044,22 @@ def evaluate(config: Config, agent: Agent, model: Path) -> None:
     say(f"  {'interrupted; ' * report['partial']}appended to {path}")
 
 
-# Blue, green, red, as OpenCV has them.
-BACKGROUND, PLATE = (26, 22, 20), (48, 42, 38)
-WHITE, GRAY, ORANGE = (240, 240, 240), (150, 145, 140), (60, 150, 255)
-FONT = cv2.FontFace("sans")  # built into OpenCV
+BACKGROUND, PLATE, WHITE = (26, 22, 20), (48, 42, 38), (240, 240, 240)  # BGR, as in OpenCV
+GRAY, ORANGE = (150, 145, 140), (60, 150, 255)
+FONT, VISIBLE = cv2.FontFace("sans"), cv2.WND_PROP_VISIBLE
 
 
-def draw_text(
-    image: np.ndarray, text: str, x: int, y: int, size: int = 16, color: tuple = GRAY
-) -> None:
+def draw_text(image: np.ndarray, text: str, x: int, y: int, size=16, color=GRAY) -> None:
     """Draw `text`; (x, y) is the left end of its base line."""
     cv2.putText(image, text, (x, y), color, FONT, size, 500)
 
 
-def draw_policy(panel: np.ndarray, names: list[str], decision: Decision) -> None:
+def draw_policy(panel: np.ndarray, names: list[str], probs: list[float], action: int) -> None:
     """A bar for the probability of each action; the one taken is orange."""
     draw_text(panel, "policy: probability of each action", 24, 258)
     row = min(27, 162 // len(names))
-    for i, (name, prob) in enumerate(zip(names, decision.log_probs[0].exp().tolist())):
-        y, color = 270 + i * row, ORANGE if i == decision.actions[0] else GRAY
+    for i, (name, prob) in enumerate(zip(names, probs)):
+        y, color = 270 + i * row, ORANGE if i == action else GRAY
         draw_text(panel, name, 24, y + 3 * row // 4, 3 * row // 5, color)
         draw_text(panel, f"{prob:.0%}", 352, y + 3 * row // 4, 3 * row // 5, WHITE)
         panel[y + 2 : y + row - 2, 162:336] = PLATE
@@ -1211,39 +1077,35 @@ def draw_values(panel: np.ndarray, values: deque[float]) -> None:
     cv2.polylines(panel, [points], False, ORANGE, 2, cv2.LINE_AA)
 
 
-def watch(
-    agent: Agent, config: Config, seed: int, scores: list[float]
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def watch(agent: Agent, config: Config, seed: int, scores: list[float]) -> Iterator[tuple]:
     """Play without end, and append the true score of each game to `scores`.
 
-    Yields for each emulator frame the game, (630, 480, 3) uint8 BGR, and the panel beside it,
-    (630, 420, 3), with what the agent saw and decided.
+    Yields for each emulator frame a picture of the game, (630, 480, 3) uint8 BGR, and the panel
+    beside it, (630, 420, 3), with what the agent saw and decided.
     """
-    games, names = Games(config, 1, keep_rgb=True), action_names(config.env_id)
+    games = Games(config, 1, keep_rgb=True)
     values: deque[float] = deque(maxlen=150)  # ten seconds
     for frames, decision, result in run_episodes(agent, games, config, seed):
         shown = [x[..., ::-1].repeat(3, 0).repeat(3, 1) for x in games.env.render()[0]]
         panel = np.full((len(shown[0]) if shown else 630, 420, 3), BACKGROUND, np.uint8)
         mean = f"{np.mean(scores):.1f}" if scores else "-"
-        numbers = (f"{games.scores[0]:.10g}", result.lives[0], len(scores) + 1, mean)
+        numbers = (f"{games.scores[0]:.10g}", games.lives[0], len(scores) + 1, mean)
         for x, name, value in zip((24, 150, 234, 318), ("score", "lives", "game", "mean"), numbers):
             draw_text(panel, name, x, 39)
             draw_text(panel, str(value), x, 81, 36, ORANGE if name == "score" else WHITE)
         draw_text(panel, "observation: the last four frames", 24, 123)
         for i, frame in enumerate(frames[0]):
             panel[135:219, 24 + 96 * i : 108 + 96 * i] = cv2.resize(frame, (84, 84))[..., None]
-        draw_policy(panel, names, decision)
-        values.append(float(decision.values[0]))
+        probs, action, value = (decision[x][0].tolist() for x in ("probs", "actions", "values"))
+        draw_policy(panel, games.action_names, probs, action)
+        values.append(value)
         draw_values(panel, values)
         yield from ((game, panel) for game in shown)
         scores.extend(game.score for game in result.finished)
 
 
 class Recorder:
-    """Writes 60 pictures a second to an .mp4, or 15 smaller ones to a .gif. Raises OSError.
-
-    An MP4 can be played even if the process dies. A GIF is kept in memory until it is closed.
-    """
+    """Writes 60 pictures a second to an .mp4, or 15 smaller ones to a .gif. Raises OSError."""
 
     GIF_SECONDS = 40  # of up to four megabytes each
 
@@ -1257,24 +1119,21 @@ class Recorder:
 
     def add(self, picture: np.ndarray) -> None:
         """Add the picture of the next emulator frame, (height, width, 3) uint8 BGR."""
-        if not self.is_gif:
-            self.video = self.video or self.open_video(*picture.shape[:2])
+        if self.is_gif:
+            if self.count % FRAME_SKIP == 0 and self.count < self.GIF_SECONDS * EMULATOR_FPS:
+                small = cv2.resize(picture, None, fx=2 / 3, fy=2 / 3, interpolation=cv2.INTER_AREA)
+                image = self.image.fromarray(cv2.cvtColor(small, cv2.COLOR_BGR2RGB))
+                self.images.append(image.quantize(128, dither=self.image.Dither.NONE))
+        else:
+            if self.video is None:  # H.264 with 4:2:0 colour plays in every browser
+                self.video = self.av.open(self.path, "w", options={"movflags": "hybrid_fragmented"})
+                options = {"preset": "veryfast", "crf": "20"}
+                stream = self.video.add_stream("libx264", rate=EMULATOR_FPS, options=options)
+                stream.height, stream.width, stream.pix_fmt = *picture.shape[:2], "yuv420p"
+                self.video.start_encoding()  # raises on a full disk, where `encode` would crash
             frame = self.av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="bgr24")
             self.video.mux(self.video.streams.video[0].encode(frame))
-        elif self.count % FRAME_SKIP == 0 and self.count < self.GIF_SECONDS * EMULATOR_FPS:
-            small = cv2.resize(picture, None, fx=2 / 3, fy=2 / 3, interpolation=cv2.INTER_AREA)
-            image = self.image.fromarray(cv2.cvtColor(small, cv2.COLOR_BGR2RGB))
-            self.images.append(image.quantize(128, dither=self.image.Dither.NONE))
         self.count += 1
-
-    def open_video(self, height: int, width: int) -> Any:
-        """An H.264 file with 4:2:0 colour, which every browser plays."""
-        video = self.av.open(str(self.path), "w", options={"movflags": "hybrid_fragmented"})
-        options = {"preset": "veryfast", "crf": "20"}
-        stream = video.add_stream("libx264", rate=EMULATOR_FPS, options=options)
-        stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
-        video.start_encoding()  # raises on a full disk, where the next call would crash
-        return video
 
     def close(self) -> str:
         """Finish the file. Returns a line about it."""
@@ -1283,8 +1142,8 @@ class Recorder:
             self.video.close()
         elif self.images:  # durations are in milliseconds, in steps of ten: 15 pictures a second
             durations = [(70, 60, 70)[i % 3] for i in range(len(self.images))]
-            options = {"append_images": self.images[1:], "duration": durations, "loop": 0}
-            self.images[0].save(self.path, save_all=True, **options)
+            options = {"save_all": True, "append_images": self.images[1:], "loop": 0}
+            self.images[0].save(self.path, duration=durations, **options)
         return f"{self.path}: {self.path.stat().st_size / 1e6:.2f} MB"
 
 
@@ -1292,14 +1151,12 @@ def record(config: Config, agent: Agent, _: Path) -> None:
     """Record one game, or --seconds of play, to --record."""
     scores, recorder, bar = [], Recorder(Path(config.record)), progress_bar(None, "frame")
     seconds = config.seconds or (recorder.GIF_SECONDS if recorder.is_gif else math.inf)
-    start, end = config.skip * EMULATOR_FPS, (config.skip + seconds) * EMULATOR_FPS
     with contextlib.suppress(KeyboardInterrupt):  # what was recorded is kept
-        for number, pictures in enumerate(watch(agent, config, config.seed, scores)):
-            if number >= end or (scores and not config.seconds):
-                break
-            if number >= start:
-                recorder.add(np.hstack(pictures))
+        for pictures in watch(agent, config, config.seed, scores):
+            recorder.add(np.hstack(pictures))
             advance(bar, 1, f"{len(scores)} games over")
+            if recorder.count >= seconds * EMULATOR_FPS or (scores and not config.seconds):
+                break
     bar.close()
     say(recorder.close())
 
@@ -1372,20 +1229,17 @@ class Window:
 
     def draw(self, picture: np.ndarray, seconds: float) -> None:
         """Show `picture` for at least a millisecond and `seconds`, and handle the keys."""
-        text = self.message if time.monotonic() < self.message_until else "paused" * self.paused
+        text = "paused  " * self.paused + "recording" * bool(self.recorder)
+        text = self.message if time.monotonic() < self.message_until else text
         draw_text(picture, text, 14, len(picture) - 12, 13, WHITE)
-        if self.recorder:
-            cv2.circle(picture, (22, 22), 8, (60, 60, 230), cv2.FILLED, cv2.LINE_AA)
         cv2.imshow(self.TITLE, picture)
         key = cv2.waitKeyEx(max(1, round(seconds * 1000))) & 0xFFFF  # without Shift and the like
         if 0 < key < 256:  # not an arrow, and not -1, no key
             self.press(chr(key).lower())
-        try:  # a Mac always says 0
-            visible = cv2.getWindowProperty(self.TITLE, cv2.WND_PROP_VISIBLE)
-        except cv2.error:  # Qt does not know a closed window
-            visible = 0
-        if not visible and sys.platform != "darwin":
-            raise KeyboardInterrupt
+        with contextlib.suppress(cv2.error):  # Qt does not know a closed window
+            if sys.platform == "darwin" or cv2.getWindowProperty(self.TITLE, VISIBLE) > 0:
+                return
+        raise KeyboardInterrupt
 
     def show(self, pictures: tuple[np.ndarray, np.ndarray]) -> None:
         """Show an emulator frame for as long as it lasts, and while the game is paused."""
@@ -1424,9 +1278,7 @@ def play(config: Config, agent: Agent, path: Path) -> None:
         say(f"{len(scores)} games, mean score {np.mean(scores):.2f}")
 
 
-# --------------------------------------------------------------------------------------------------
-# Command line
-# --------------------------------------------------------------------------------------------------
+# ---- Command line --------------------------------------------------------------------------------
 
 # The groups of flags that each mode uses, besides "mode" and "game".
 MODES = {"train": ("training", "PPO"), "resume": ("training", "PPO"), "run": ("playing",)}
@@ -1445,28 +1297,24 @@ def parse_value(field: dataclasses.Field, text: str) -> Any:
         value = float(text)  # also for int: 1e6 is a million
         if kind in (int, float) and low <= value <= high and kind(value) == value < math.inf:
             return kind(value)
-    wanted = {str: "a name", bool: "yes or no"}
-    wanted = wanted.get(kind, f"{kind.__name__} from {low:,} to {high:,}")
+    wanted = {str: "a name", bool: "yes or no"}.get(kind, f"{kind.__name__} from {low} to {high}")
     raise argparse.ArgumentTypeError(f"must be {wanted}, not {text!r}")
-
-
-class Parser(argparse.ArgumentParser):
-    """Raises UserError instead of printing the usage, which would bury the message."""
-
-    def error(self, message: str) -> None:
-        raise UserError(f"{message.removeprefix('argument ')}; --help lists all flags")
 
 
 def parse_flags(argv: list[str] | None) -> dict[str, Any]:
     """The flags that were given, each a field of Config. Raises UserError."""
-    parser = Parser(
+
+    def fail(message: str) -> None:  # without the usage, which would bury the message
+        raise UserError(f"{message.removeprefix('argument ')}; --help lists all flags")
+
+    parser = argparse.ArgumentParser(
         usage="python3 %(prog)s [--flag=value ...]",
         description="\n\n".join(__doc__.split("\n\n")[:2]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
     )
-    groups: dict[str, Any] = {}
+    parser.error, groups = fail, {}
     for field in dataclasses.fields(Config):
         name, text, default = field.metadata["group"], field.metadata["help"], field.default
         if name not in groups:
@@ -1475,9 +1323,8 @@ def parse_flags(argv: list[str] | None) -> dict[str, Any]:
             text += f" (default: {'yes' if default is True else default})"
         metavar = {int: "N", float: "X", str: "NAME", bool: "yes|no"}[field.type]
         optional = {"nargs": "?", "const": True} if field.type is bool else {}
-        kind = functools.partial(parse_value, field)
-        flag_name = f"--{field.name.replace('_', '-')}"
-        groups[name].add_argument(flag_name, type=kind, metavar=metavar, help=text, **optional)
+        kind, typed = functools.partial(parse_value, field), f"--{field.name.replace('_', '-')}"
+        groups[name].add_argument(typed, type=kind, metavar=metavar, help=text, **optional)
     return vars(parser.parse_args(argv))
 
 
@@ -1506,11 +1353,9 @@ def make_config(given: dict[str, Any], defaults: dict[str, Any]) -> Config:
     if changed := [f"{k}={x}" for k, x in defaults.items() if getattr(config, k) != x]:
         say(f"note: the model was trained with {', '.join(changed)}")
     parts = world_size() * config.num_minibatches
-    if config.num_envs % world_size() or config.batch_size % parts:
-        raise UserError(
-            f"a batch of {config.num_envs} games x {config.num_steps} steps cannot be divided into "
-            f"--num-minibatches={config.num_minibatches} in each of {world_size()} processes"
-        )
+    if config.num_envs % world_size() or config.num_envs * config.num_steps % parts:
+        batch = f"{config.num_envs} games x {config.num_steps} steps"
+        raise UserError(f"{batch} cannot be divided into {parts} parts (--num-minibatches)")
     return config
 
 
@@ -1525,9 +1370,8 @@ def load_player(given: dict[str, Any]) -> tuple[Config, Agent, Path]:
     else:
         agent, defaults, path = load_agent(name)
         config = make_config(given, defaults)
-    has, wanted = agent.actor.out_features, len(action_names(config.env_id))
-    if has != wanted:
-        raise UserError(f"{path} has {has} actions, but {config.env_id} has {wanted}")
+    if agent.actor.out_features != len(action_names(config.env_id)):
+        raise UserError(f"{path} has {agent.actor.out_features} actions, unlike {config.env_id}")
     agent.patience = config.patience
     return config, agent.to(pick_device(config.device)), path
 
@@ -1543,6 +1387,13 @@ def start_training(given: dict[str, Any]) -> None:
     for path in (folder, Path("models")):
         path.mkdir(parents=True, exist_ok=True)
     train(config, state, folder)
+
+
+def find_run(name: str) -> Path:
+    """The folder of a run: a path, a name in runs/, its checkpoint, or latest. Raises UserError."""
+    runs = sorted(Path("runs").glob("*/checkpoint.pt"), key=lambda path: path.stat().st_mtime)
+    paths = [Path(name), Path(name) / "checkpoint.pt", Path("runs") / name / "checkpoint.pt"]
+    return find_file(name, runs[-1:] if name == "latest" else paths).parent
 
 
 def resume_training(given: dict[str, Any]) -> None:
@@ -1575,8 +1426,7 @@ def main(argv: list[str] | None = None) -> int:
                 with process_group():
                     {"train": start_training, "resume": resume_training}[mode](given)
             else:
-                player = load_player(given)
-                {"evaluate": evaluate, "record": record, "run": play}[mode](*player)
+                {"evaluate": evaluate, "record": record, "run": play}[mode](*load_player(given))
         return 0
     except (ArithmeticError, ImportError, MemoryError, OSError, RuntimeError, UserError) as error:
         if isinstance(error, RuntimeError) and "memory" not in str(error):
