@@ -2,7 +2,7 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
-#   "ale-py==0.12.1", "av==18.1.0", "filelock==4.2.12", "gymnasium==1.4.0",
+#   "ale-py==0.12.1", "av==18.1.0", "gymnasium==1.4.0",
 #   "numpy>=2.0,<3", "opencv-python==5.0.0.93", "pillow==13.0.0", "tensorboard==2.21.0",
 #   "torch==2.13.0", "tqdm==4.70.1",
 # ]
@@ -46,7 +46,6 @@ from typing import Any, NamedTuple
 
 # OpenMP threads must sleep while they wait: the emulator needs the same cores. torch reads this.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
 # Let glibc keep freed memory: mapping the activations anew takes a tenth of each update.
 with contextlib.suppress(OSError, AttributeError):
     for option, value in ((-3, 32 * 2**20), (-1, 2**31 - 1)):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
@@ -55,15 +54,19 @@ with contextlib.suppress(OSError, AttributeError):
 try:
     import ale_py
     import cv2
-    import filelock
     import gymnasium as gym
     import numpy as np
     import torch
     import torch.distributed as dist
+    from tqdm import tqdm
+
+    oldest = {ale_py: (0, 12), cv2: (5, 0), gym: (1, 1), np: (2, 0), torch: (2, 9)}
+    for module, version in oldest.items():
+        if tuple(map(int, module.__version__.split(".")[:2])) < version:
+            raise ImportError(f"{module.__name__} {module.__version__} is older than {version}")
     from ale_py.env import AtariEnv
     from ale_py.vector_env import AtariVectorEnv
     from torch import Tensor, nn
-    from tqdm import tqdm
 except ImportError as error:
     install = f"{sys.executable} -m pip install -r requirements.txt"
     sys.exit(f"{error}: try `{install}`; on Debian OpenCV also needs `apt-get install libgl1`")
@@ -88,7 +91,6 @@ def flag(default: Any, group: str, text: str, low: float = 0, high: float = math
 class Config:
     """All settings. Each field is a command-line flag: num_envs becomes --num-envs."""
 
-    # fmt: off
     run: bool = flag(False, "mode", "watch an agent play in a window")
     evaluate: int = flag(0, "mode", "play this many whole games and report the scores", 1, 10**6)
     record: str = flag("", "mode", "record a game to this file, .gif or .mp4")
@@ -118,12 +120,11 @@ class Config:
     num_minibatches: int = flag(4, "PPO", "minibatches per epoch", 1)
     update_epochs: int = flag(2, "PPO", "epochs per rollout", 1, 1000)
     learn_fraction: float = flag(1.0, "PPO", "below 1: fraction of the rollout to sample", 0.01, 1)
-    life_cost: float = flag(1.0, "PPO", "penalty for losing a life", high=1000)
+    life_cost: float = flag(1.0, "PPO", "penalty for the end of a life or game", high=1000)
     clip_coef: float = flag(0.1, "PPO", "clipping range of the probability ratio")
     ent_coef: float = flag(0.003, "PPO", "weight of the entropy bonus")
     vf_coef: float = flag(0.5, "PPO", "weight of the value loss")
     max_grad_norm: float = flag(0.5, "PPO", "largest norm of the gradient")
-    # fmt: on
 
     @property
     def num_updates(self) -> int:
@@ -185,9 +186,7 @@ class NoopResetEnv(gym.Wrapper):
 
 
 class MaxAndSkipEnv(gym.Wrapper):
-    """Repeats an action for four frames and returns the maximum of the last two, (210, 160) uint8:
-    the Atari draws some objects in every other frame only.
-    """
+    """Repeats an action for four frames. Returns the maximum of the last two: objects flicker."""
 
     def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict]:
         last_two: deque[np.ndarray] = deque(maxlen=2)
@@ -221,8 +220,7 @@ class ServeEnv(gym.Wrapper):
 def make_env(env_id: str, seed=None, keep_rgb=False, sticky_actions=None, max_frames=108_000):
     """One game: observations (4, 84, 84) uint8, true rewards; an episode is a whole game."""
     options = game_settings(env_id) | {"frameskip": 1, "max_num_frames_per_episode": None}
-    if sticky_actions is not None:
-        options["repeat_action_probability"] = sticky_actions
+    options |= {} if sticky_actions is None else {"repeat_action_probability": sticky_actions}
     # The grayscale screen is the emulator's luminance, as in the native environment.
     env = AtariEnv(**options, obs_type="grayscale", render_mode="rgb_array")
     # RGB frames, (210, 160, 3) uint8, are kept until `render` returns them.
@@ -304,10 +302,9 @@ class Games:
         self.lengths = np.where(restarted, 0, self.lengths + 1)
         no_event = ~restarted & ~terminated & ~truncated & (rewards == 0)
         self.idle = np.where(no_event, self.idle + decided, 0)
-        over = np.flatnonzero(self.game_over).tolist()
+        over, rewards = np.flatnonzero(self.game_over).tolist(), np.sign(rewards, dtype=np.float32)
         finished = [FinishedGame(i, float(self.scores[i]), int(self.lengths[i])) for i in over]
-        clipped = np.sign(rewards).astype(np.float32)
-        return StepResult(clipped, terminated, truncated, decided, finished)
+        return StepResult(rewards, terminated, truncated, decided, finished)
 
 
 # ---- Network -------------------------------------------------------------------------------------
@@ -333,7 +330,6 @@ class FrameConv(nn.Conv2d):
         rows = frames.contiguous().view(torch.int32).view(m, FRAME_STACK, side, 4, side)
         blocks = rows.permute(0, 2, 4, 1, 3).contiguous().view(torch.uint8)
         blocks = blocks.view(m, side, side, -1).permute(0, 3, 1, 2)  # in memory, channels are last
-
         reduced = torch.is_autocast_enabled(frames.device.type)
         dtype = torch.get_autocast_dtype(frames.device.type) if reduced else torch.float32
         weight = nn.functional.pixel_unshuffle(self.weight / 255, 4)
@@ -411,7 +407,6 @@ class Agent(nn.Module):
 
 
 # ---- Processes: torchrun starts several, which train one agent. Skip this section at first. ------
-
 # Each process (rank) plays its share of the games. Gradients are summed over all ranks, so all have
 # the same weights. Rank 0 logs and saves. Without torchrun, the functions return what they get.
 
@@ -461,7 +456,6 @@ def process_group() -> Iterator[None]:
 
 
 # ---- PPO: Schulman et al., "Proximal Policy Optimization Algorithms", 2017, arXiv:1707.06347 -----
-
 # Play T steps with the current policy. Where an action led to more reward than the value predicted
 # (its advantage is positive), increase its probability. Once the probability has changed by a
 # factor of 1 +- clip_coef, the loss rewards no further change: so each step can be used repeatedly.
@@ -495,9 +489,8 @@ class TrainState:
         """Restore a `state_dict`."""
         self.agent.load_state_dict(saved["agent"])
         self.optimizer.load_state_dict(saved["optimizer"])
-        self.scores.extend(saved["scores"])
-        for name in ("update", "global_step", "num_games", "best_mean"):
-            setattr(self, name, saved[name])
+        counters = {x: saved[x] for x in ("update", "global_step", "num_games", "best_mean")}
+        vars(self).update(counters, scores=deque(saved["scores"], maxlen=100))
         if rank() == 0 and saved["generator"].shape == self.generator.get_state().shape:
             self.generator.set_state(saved["generator"])  # not one of another kind of device
 
@@ -512,8 +505,7 @@ def make_rollout(num_steps: int, num_envs: int, device: torch.device) -> Batch:
         "actions": zeros(size, dtype=torch.int64),  # (T, N), as all that follow
     }
     rollout |= {name: zeros(size) for name in ("log_probs", "temperatures", "rewards")}
-    flags = ("terminated", "truncated", "decided")
-    return rollout | {name: zeros(size, dtype=torch.bool) for name in flags}
+    return rollout | {name: zeros(size).bool() for name in ("terminated", "truncated", "decided")}
 
 
 def anneal(state: TrainState, config: Config) -> float:
@@ -577,8 +569,8 @@ def make_batch(rollout: Batch, config: Config) -> Batch:
 def minibatches(batch: Batch, config: Config, generator: torch.Generator) -> Iterator[Batch]:
     """One epoch: all B steps in random order, or a fraction of them, sampled by importance.
 
-    Importance sampling (Kahn and Marshall 1953) draws a step with a probability proportional to
-    0.8 |A| / mean |A| + 0.2 and divides its weight by that: the expected gradient stays the same.
+    A step is drawn with a probability proportional to 0.8 |A| / mean |A| + 0.2, and its weight is
+    divided by that: the expected gradient stays the same (Kahn and Marshall 1953).
     """
     weights, size = batch["weights"], len(batch["weights"])
     if config.learn_fraction < 1:
@@ -676,9 +668,7 @@ MODEL_SETTINGS = ("env_id", "sticky_actions", "max_frames", "patience")  # that 
 
 
 def save_file(content: dict[str, Any], path: Path) -> None:
-    """Write a draft and rename it: whenever the process dies, `path` is whole. Only on rank 0."""
-    if rank() > 0:
-        return
+    """Write a draft and rename it: whenever the process dies, `path` is whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -727,8 +717,8 @@ def model_content(state: TrainState, config: Config) -> dict[str, Any]:
 def load_agent(name: str) -> tuple[Agent, dict[str, Any], Path]:
     """An agent, its MODEL_SETTINGS and its file: a model, a checkpoint or a bare state_dict.
 
-    `name` is a path, or a name in models/ here or beside this script. Unknown keys are ignored,
-    and the prefixes of DataParallel and torch.compile. Raises UserError.
+    `name` is a path, or a name in models/ here or beside this script. Unknown keys and the prefixes
+    of DataParallel and torch.compile are ignored. Raises UserError.
     """
     folders = (Path(), Path("models"), Path(__file__).resolve().parent / "models")
     path = find_file(name, [folder / file for folder in folders for file in (name, f"{name}.mdl")])
@@ -745,7 +735,8 @@ def load_agent(name: str) -> tuple[Agent, dict[str, Any], Path]:
         raise UserError(f"{path} does not fit the network: {problem}") from None
     kinds = {name: type(getattr(Config, name)) for name in MODEL_SETTINGS}
     settings = {k: content[k] for k, kind in kinds.items() if isinstance(content.get(k), kind)}
-    return agent, {"patience": 0.0} | settings, path
+    agent.patience = settings.setdefault("patience", 0.0)
+    return agent, settings, path
 
 
 # ---- Training ------------------------------------------------------------------------------------
@@ -781,8 +772,7 @@ def make_state(config: Config, agent: Agent | None = None) -> TrainState:
     device = pick_device(config.device)
     agent = (agent or Agent(len(action_names(config.env_id)))).to(device)
     agent.precision, agent.patience = pick_precision(config.precision, device), config.patience
-    fused = device.type in ("cpu", "cuda")  # 0.8 ms instead of 3.9 ms on a CPU
-    optimizer = torch.optim.Adam(agent.parameters(), config.learning_rate, eps=1e-5, fused=fused)
+    optimizer = torch.optim.Adam(agent.parameters(), eps=1e-5, fused=device.type != "mps")
     return TrainState(agent, optimizer, torch.Generator(device).manual_seed(config.seed + rank()))
 
 
@@ -801,8 +791,6 @@ def reported(action: str) -> Iterator[None]:
     """Report any error in `action` by one line with the system's reason, and go on."""
     try:
         yield
-    except filelock.Timeout:
-        raise UserError(f"cannot {action}: another process holds it") from None
     except Exception as error:
         say(f"cannot {action}: {getattr(error, 'strerror', None) or repr(error)}")
 
@@ -813,8 +801,7 @@ def progress_bar(total: int | None, unit: str, initial: int = 0) -> tqdm:
     if not sys.stderr.isatty():
         counts = "{n:,} of {total:,}{unit}, {remaining} left" if total else "{n:,}{unit}"
         look = {"bar_format": f"{counts}{{postfix}}\n", "mininterval": 30, "file": sys.stdout}
-    look |= {"unit": f" {unit}s", "unit_scale": True, "miniters": 1, "disable": rank() > 0}
-    return tqdm(total=total, initial=initial, **look)
+    return tqdm(total=total, initial=initial, unit=f" {unit}s", unit_scale=True, miniters=1, **look)
 
 
 def advance(bar: tqdm, units: int, text: str) -> float:
@@ -835,14 +822,10 @@ class Logger:
         total = config.num_updates * config.num_envs * config.num_steps
         self.bar = progress_bar(total, "step", state.global_step)
         threading.excepthook = lambda _: None  # the writer's thread: `log` reports what ended it
-        self.lock = filelock.FileLock(folder / ".lock", timeout=0)
-        with reported(f"lock {folder}/"):  # until the end: only one process may train a run
-            if rank() == 0:
-                self.lock.acquire()
 
     def open(self, step: int) -> None:
         """Start a file of curves, unless it is there. It replaces all points after `step`."""
-        if rank() == 0 and not (self.writer and any(self.folder.glob("events.*"))):
+        if not self.writer or not any(self.folder.glob("events.*")):
             with reported(f"write curves to {self.folder}/"):
                 self.writer = self.new_writer(str(self.folder), purge_step=step + 1)
                 self.writer.add_text("config", repr(self.config), step)
@@ -855,7 +838,6 @@ class Logger:
         points += [("charts/mean_return_100", state.mean_score)] * bool(state.scores)
         points += [("charts/episodic_return", game.score) for game in finished]
         points += [("charts/episodic_length", game.length) for game in finished]
-
         writer, self.writer = self.writer, None  # after an error, until `open` makes another
         if writer:
             with reported(f"write curves to {self.folder}/"):
@@ -881,12 +863,11 @@ def save_checkpoint(state: TrainState, config: Config, folder: Path) -> bool:
 def finish(state: TrainState, config: Config, folder: Path, bar: tqdm) -> bool:
     """Save the final weights, and say how to watch them and to continue. Returns success."""
     trained, rom = state.update == config.num_updates, game_settings(config.env_id)["game"]
-    elapsed = timedelta(seconds=round(bar.format_dict["elapsed"]))
+    elapsed, verb = bar.format_dict["elapsed"], "Trained" if trained else "Stopped after"
     bar.close()
-    say(f"{'Trained' if trained else 'Stopped after'} {state.global_step:,} steps in {elapsed}")
+    say(f"{verb} {state.global_step:,} steps in {timedelta(seconds=round(elapsed))}")
     human = f" (random play {RANDOM_SCORE}, a human {HUMAN_SCORE})" * (rom == "breakout")
     say(f"{state.num_games:,} games, mean score of the last 100 {state.mean_score:.2f}{human}")
-
     activated = sys.prefix == sys.base_prefix or "VIRTUAL_ENV" in os.environ
     script = shlex.join(["python3" if activated else sys.executable, os.path.relpath(__file__)])
     more = f" --total-timesteps={2 * state.global_step}" * trained
@@ -905,11 +886,10 @@ def finish(state: TrainState, config: Config, folder: Path, bar: tqdm) -> bool:
 @contextlib.contextmanager
 def handle_signals(handler: Callable[[int, Any], Any]) -> Iterator[None]:
     """Call `handler` on Ctrl-C, SIGTERM and a closed terminal. Does nothing in a thread."""
-    names = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")  # Windows has SIGBREAK, but no SIGHUP
-    before = {}
+    names, before = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK"), {}  # Windows has no SIGHUP
     with contextlib.suppress(ValueError):  # in a thread
-        for number in (getattr(signal, name) for name in names if hasattr(signal, name)):
-            if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+        for number in signal.Signals:
+            if number.name in names and signal.getsignal(number) != signal.SIG_IGN:  # by nohup
                 before[number] = signal.signal(number, handler)
     try:
         yield
@@ -939,21 +919,24 @@ def train(config: Config, state: TrainState, folder: Path) -> None:
     rollout = make_rollout(config.num_steps, games.num_envs, state.agent.device)
     say(f"{config.env_id}, {config.num_envs} games, on {state.agent.device}; curves in {folder}/")
 
-    logger, stop, next_checkpoint = Logger(folder, config, state), StopRequest(), 0.0
+    stop, next_checkpoint = StopRequest(), 0.0
+    logger = Logger(folder, config, state) if rank() == 0 else None  # rank 0 logs and saves
     with handle_signals(stop):
         while state.update < config.num_updates and not any(all_gather(stop.made)):
-            if time.monotonic() >= next_checkpoint:
+            if logger and time.monotonic() >= next_checkpoint:
                 save_checkpoint(state, config, folder)
                 logger.open(state.global_step)
                 next_checkpoint = time.monotonic() + CHECKPOINT_SECONDS
             learning_rate = anneal(state, config)
             finished = collect_rollout(state, games, rollout)
             losses = learn(state, rollout, config)
-            logger.log(state, finished, losses | {"charts/learning_rate": learning_rate})
+            if logger:
+                logger.log(state, finished, losses | {"charts/learning_rate": learning_rate})
 
-        saved = save_checkpoint(state, config, folder)
-        if not (finish(state, config, folder, logger.bar) and saved):
-            raise OSError("not everything was saved")
+        if logger:
+            saved = save_checkpoint(state, config, folder)
+            if not (finish(state, config, folder, logger.bar) and saved):
+                raise OSError("not everything was saved")
 
 
 # ---- Playing -------------------------------------------------------------------------------------
@@ -1040,8 +1023,8 @@ def evaluate(config: Config, agent: Agent, model: Path) -> None:
     print_scores(np.array(scores), interval, config.env_id)
     if len(different) < len(scores):
         say(f"  only {len(different)} games are different: the interval is theirs")
-    say(f"  {config.env_id}, sticky actions {config.sticky_actions:g}, seed {config.seed}")
-    say(f"  {'interrupted; ' * report['partial']}appended to {path}")
+    variant = f"{config.env_id}, sticky actions {config.sticky_actions:g}, seed {config.seed}"
+    say(f"  {variant}; {'interrupted; ' * report['partial']}appended to {path}")
 
 
 BACKGROUND, PLATE, WHITE = (26, 22, 20), (48, 42, 38), (240, 240, 240)  # BGR, as in OpenCV
@@ -1073,15 +1056,14 @@ def draw_values(panel: np.ndarray, values: deque[float]) -> None:
     panel[483:bottom, 24:396] = PLATE
     x = 396 - 372 / values.maxlen * np.arange(len(values))[::-1]
     y = bottom - (bottom - 483) * (np.array(values) - low) / (high - low)
-    points = np.rint(np.stack([x, y], -1)).astype(np.int32)
-    cv2.polylines(panel, [points], False, ORANGE, 2, cv2.LINE_AA)
+    cv2.polylines(panel, [np.stack([x, y], -1).astype(np.int32)], False, ORANGE, 2, cv2.LINE_AA)
 
 
 def watch(agent: Agent, config: Config, seed: int, scores: list[float]) -> Iterator[tuple]:
     """Play without end, and append the true score of each game to `scores`.
 
-    Yields for each emulator frame a picture of the game, (630, 480, 3) uint8 BGR, and the panel
-    beside it, (630, 420, 3), with what the agent saw and decided.
+    Yields for each emulator frame a picture of the game, (630, 480, 3) uint8 BGR, and the panel of
+    what the agent saw and decided, (630, 420, 3).
     """
     games = Games(config, 1, keep_rgb=True)
     values: deque[float] = deque(maxlen=150)  # ten seconds
@@ -1107,7 +1089,7 @@ def watch(agent: Agent, config: Config, seed: int, scores: list[float]) -> Itera
 class Recorder:
     """Writes 60 pictures a second to an .mp4, or 15 smaller ones to a .gif. Raises OSError."""
 
-    GIF_SECONDS = 40  # of up to four megabytes each
+    GIF_SECONDS = 40  # each takes up to four megabytes of memory
 
     def __init__(self, path: Path) -> None:
         import av  # imported here: playing can do without
@@ -1163,13 +1145,13 @@ def record(config: Config, agent: Agent, _: Path) -> None:
 
 def display_error() -> str:
     """Why no window can be opened, or "". OpenCV would abort the process, so a child tries."""
-    probe = "import cv2, os; cv2.namedWindow('probe', cv2.WINDOW_NORMAL); os._exit(0)"
+    probe = "import sys; sys.tracebacklimit = 0; import cv2, os; cv2.namedWindow('x'); os._exit(0)"
     try:
         subprocess.run([sys.executable, "-c", probe], capture_output=True, timeout=10, check=True)
     except subprocess.TimeoutExpired:
         return "the display does not answer"
     except subprocess.CalledProcessError as error:
-        return error.stderr.decode(errors="replace").strip().splitlines()[0]
+        return error.stderr.decode(errors="replace").strip().partition("\n")[0]
     return ""
 
 
@@ -1336,7 +1318,7 @@ def find_mode(given: dict[str, Any]) -> str:
     groups = {field.name: field.metadata["group"] for field in dataclasses.fields(Config)}
     for name in given:
         if groups[name] not in ("mode", "game", *MODES[mode]):
-            raise UserError(f"--{name.replace('_', '-')} is for {groups[name]}, not for --{mode}")
+            raise UserError(f"--{name.replace('_', '-')} is for {groups[name]}, not for {mode}")
     if mode == "record" and Path(given["record"]).suffix.lower() not in (".gif", ".mp4"):
         raise UserError(f"--record={given['record']} must end in .gif or .mp4")
     return mode
@@ -1389,16 +1371,12 @@ def start_training(given: dict[str, Any]) -> None:
     train(config, state, folder)
 
 
-def find_run(name: str) -> Path:
-    """The folder of a run: a path, a name in runs/, its checkpoint, or latest. Raises UserError."""
-    runs = sorted(Path("runs").glob("*/checkpoint.pt"), key=lambda path: path.stat().st_mtime)
-    paths = [Path(name), Path(name) / "checkpoint.pt", Path("runs") / name / "checkpoint.pt"]
-    return find_file(name, runs[-1:] if name == "latest" else paths).parent
-
-
 def resume_training(given: dict[str, Any]) -> None:
     """Continue a run from its checkpoint. Raises UserError."""
-    folder = find_run(given.pop("resume"))
+    name = given.pop("resume")  # a path, a name in runs/, a checkpoint, or latest
+    runs = sorted(Path("runs").glob("*/checkpoint.pt"), key=lambda path: path.stat().st_mtime)
+    paths = [Path(name), Path(name) / "checkpoint.pt", Path("runs") / name / "checkpoint.pt"]
+    folder = find_file(name, runs[-1:] if name == "latest" else paths).parent
     saved = read_file(folder / "checkpoint.pt")
     try:
         settings = saved["config"]
@@ -1415,9 +1393,7 @@ def resume_training(given: dict[str, Any]) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the program. Returns its exit code: 0; 1 if a run failed; 2 after a user's mistake; 130
-    after Ctrl-C, but 0 in training, which it stops as it should.
-    """
+    """Run the program. Returns 0; 1 if it failed, 2 for a user's mistake, 130 after Ctrl-C."""
     try:
         given = parse_flags(argv)
         mode = find_mode(given)
@@ -1425,6 +1401,8 @@ def main(argv: list[str] | None = None) -> int:
             if mode in ("train", "resume"):
                 with process_group():
                     {"train": start_training, "resume": resume_training}[mode](given)
+            elif dist.is_torchelastic_launched():
+                raise UserError(f"--{mode} does not work with torchrun")
             else:
                 {"evaluate": evaluate, "record": record, "run": play}[mode](*load_player(given))
         return 0

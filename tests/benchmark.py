@@ -4,13 +4,13 @@
     python tests/benchmark.py --busy           the same beside a second busy process
     python tests/benchmark.py --parts ours,emulator --rounds 1
     python tests/benchmark.py --device cuda --parts emulator,acting,learner,ours --updates 200
-    python tests/benchmark.py --num-envs 64 --num-steps 64     the games chosen for speed
+    python tests/benchmark.py --num-envs 64 --num-steps 64     more games
     python tests/benchmark.py --epochs 4       as most programs have it
 
 Each part runs in a process of its own, with the settings its user would have, in turns, so that a
 machine that is slow for a while is slow for all of them. Printed are medians over the rounds, and
 ratios within a round, which a noisy machine changes least. 8 games, 128 steps, 2 epochs and 4
-minibatches, unless told otherwise; what --compile and --precision are, the script decides.
+minibatches, unless told otherwise.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from pathlib import Path
 
 SCRIPT_FOLDER = Path(__file__).resolve().parent.parent
 MINIBATCHES = 4
-WARM_UP = 2  # updates that are not measured: compiling, the first pages of memory
+WARM_UP = 2  # updates that are not measured: the first pages of memory
 
 
 def our_parts(args):
@@ -35,16 +35,13 @@ def our_parts(args):
     sys.path.insert(0, str(SCRIPT_FOLDER))
     import ai_breakout_game as script  # before torch: it sets how OpenMP waits
 
-    torch = script.torch
-    knobs = {"num_envs": args.num_envs, "num_steps": args.num_steps, "device": args.device}
-    knobs |= {"update_epochs": args.epochs, "num_minibatches": MINIBATCHES}
-    config = script.Config(**knobs, compile=args.compile, precision=args.precision)
-    game, device = script.find_game(config), script.pick_device(args.device)
-    games = script.make_vector_env(game, args.num_envs, True)
-    games = script.ReplayableGames(games, config.replay_steps)
-    state = script.make_state(config, game, device)
-    rollout = script.make_rollout(args.num_steps, args.num_envs, device)
-    rollout.frames[-1] = script.to_blocks(torch.from_numpy(games.reset(1)))
+    config = script.Config(
+        num_envs=args.num_envs, num_steps=args.num_steps, update_epochs=args.epochs,
+        num_minibatches=MINIBATCHES, device=args.device, precision=args.precision,
+    )  # fmt: skip
+    state, games = script.make_state(config), script.Games(config, args.num_envs)
+    games.reset(1)
+    rollout = script.make_rollout(args.num_steps, args.num_envs, state.agent.device)
     return script, config, games, state, rollout
 
 
@@ -76,16 +73,12 @@ def ours(args):
     script, config, games, state, rollout = our_parts(args)
     with tempfile.TemporaryDirectory() as folder:
         logger = script.Logger(Path(folder), config, state)
-        checkpoints = script.Checkpoints(Path(folder), config)
+        logger.open(0)
 
         def one_update():
-            rate = script.anneal(config, state)
-            over = script.collect_rollout(state, games, rollout, script.StopRequest())
-            losses = script.update(state, rollout, config, script.StopRequest())
-            state.global_step += config.batch_size
-            logger.log_games(state, over)
-            logger.log_update(state, rate, losses)
-            checkpoints.keep(state, games.state_dict(), logger)
+            script.anneal(state, config)
+            finished = script.collect_rollout(state, games, rollout)
+            logger.log(state, finished, script.learn(state, rollout, config))
 
         for _ in range(WARM_UP):
             one_update()
@@ -94,25 +87,29 @@ def ours(args):
             for _ in range(args.updates):
                 one_update()
             seconds = clock(script, args) - start
-        logger.close()
-    return args.updates * config.batch_size / seconds
+    return args.updates * args.num_envs * args.num_steps / seconds
+
+
+def repeated(script, args, function):
+    """Steps a second of `function`, which takes a rollout's steps."""
+    for update in range(WARM_UP + args.updates):
+        if update == WARM_UP:
+            start = clock(script, args)
+        function()
+    return args.updates * args.num_envs * args.num_steps / (clock(script, args) - start)
 
 
 def collect(args):
     """Steps a second of playing alone: emulator and network, nothing learnt."""
-    script, config, games, state, rollout = our_parts(args)
-    for update in range(WARM_UP + args.updates):
-        if update == WARM_UP:
-            start = clock(script, args)
-        script.collect_rollout(state, games, rollout, script.StopRequest())
-    return args.updates * config.batch_size / (clock(script, args) - start)
+    script, _, games, state, rollout = our_parts(args)
+    return repeated(script, args, lambda: script.collect_rollout(state, games, rollout))
 
 
 class StandingStill:
     """Games that never move: what playing costs without them."""
 
-    def __init__(self, result):
-        self.result, self.idle = result, 0 * result.lives
+    def __init__(self, games, result):
+        self.frames, self.idle, self.result = games.frames, games.idle, result
 
     def step(self, actions):
         return self.result
@@ -120,37 +117,24 @@ class StandingStill:
 
 def acting(args):
     """Steps a second of the network alone: frames to the device, actions back."""
-    script, config, games, state, rollout = our_parts(args)
-    still = StandingStill(games.step(script.np.zeros(args.num_envs, int)))
-    for update in range(WARM_UP + args.updates):
-        if update == WARM_UP:
-            start = clock(script, args)
-        script.collect_rollout(state, still, rollout, script.StopRequest())
-    return args.updates * config.batch_size / (clock(script, args) - start)
+    script, _, games, state, rollout = our_parts(args)
+    still = StandingStill(games, games.step(script.np.zeros(args.num_envs, int)))
+    return repeated(script, args, lambda: script.collect_rollout(state, still, rollout))
 
 
 def emulator(args):
     """Steps a second of the games alone, with random actions."""
-    import numpy as np
-
-    _, config, games, _, _ = our_parts(args)
-    rng = np.random.default_rng(0)
-    actions = rng.integers(0, 4, (args.updates * args.num_steps, args.num_envs))
-    start = time.perf_counter()
-    for action in actions:
-        games.step(action)
-    return args.updates * config.batch_size / (time.perf_counter() - start)
+    script, _, games, _, _ = our_parts(args)
+    actions = script.np.random.default_rng(0).integers(0, 4, (args.num_steps, args.num_envs))
+    return repeated(script, args, lambda: [games.step(action) for action in actions])
 
 
 def learner(args):
     """Samples a second, forward and backward, of the update alone."""
     script, config, games, state, rollout = our_parts(args)
-    script.collect_rollout(state, games, rollout, script.StopRequest())
-    for update in range(WARM_UP + args.updates):
-        if update == WARM_UP:
-            start = clock(script, args)
-        script.update(state, rollout, config, script.StopRequest())
-    return args.updates * config.batch_size * args.epochs / (clock(script, args) - start)
+    script.collect_rollout(state, games, rollout)
+    rate = repeated(script, args, lambda: script.learn(state, rollout, config))
+    return rate * args.epochs
 
 
 def matmul(args):
@@ -252,7 +236,6 @@ def parse_args():
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--precision", default="auto")
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction)
     parser.add_argument("--busy", action="store_true", help="beside a second busy process")
     parser.add_argument("--worker", choices=PARTS, help=argparse.SUPPRESS)
     return parser.parse_args()

@@ -1,6 +1,6 @@
 """The picture of the model card: how a run learnt, and what its agent scored.
 
-python tests/draw_curve.py runs/champion runs/champion/evaluation.json picture.png
+python tests/draw_curve.py models/champion models/champion/evaluation.json picture.png
 """
 
 import json

@@ -1,6 +1,6 @@
 """Several runs, each begun from the weights of the one before, as one curve that is small.
 
-python tests/join_runs.py runs/FIRST runs/SECOND ... runs/champion
+python tests/join_runs.py runs/FIRST runs/SECOND ... models/champion
 
 Steps go on counting from run to run. All games are kept; of the losses, at most one update's in
 8,192 steps, and the last's. What was joined before may be the first of the runs.
