@@ -14,9 +14,10 @@
     python3 ai_breakout_game.py --evaluate=100 --model-filename="ai_breakout_game3000.mdl"
     tensorboard --logdir runs
 
-Each definition uses only what stands above it. Environment, Network and PPO are all that learns.
+Each definition uses only what stands above it. What learns is in Environment, Network and PPO.
 Shapes: T steps of a rollout, N games played at once, B = T * N, M steps of a minibatch, A actions.
-A step is four frames of the emulator, an episode is one life, a game is all lives.
+A step is one action, held for four emulator frames. A game is all its lives; for the learner, an
+episode is one life.
 """
 
 import argparse
@@ -44,7 +45,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
-# OpenMP threads must sleep while they wait: the emulator needs the same cores. torch reads this.
+# Waiting OpenMP threads must sleep: the emulator needs the same cores. torch reads the variable.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # Let glibc keep freed memory: mapping the activations anew takes a tenth of each update.
 with contextlib.suppress(OSError, AttributeError):
@@ -53,16 +54,18 @@ with contextlib.suppress(OSError, AttributeError):
 
 try:
     import ale_py
+    import av
     import cv2
     import gymnasium as gym
     import numpy as np
     import torch
     import torch.distributed as dist
+    from PIL import Image
     from tqdm import tqdm
 
     oldest = {ale_py: (0, 12), cv2: (5, 0), gym: (1, 1), np: (2, 0), torch: (2, 9)}
     for module, version in oldest.items():
-        if tuple(map(int, module.__version__.split(".")[:2])) < version:
+        if tuple(map(int, re.findall(r"\d+", module.__version__)[:2])) < version:
             raise ImportError(f"{module.__name__} {module.__version__} is older than {version}")
     from ale_py.env import AtariEnv
     from ale_py.vector_env import AtariVectorEnv
@@ -73,7 +76,7 @@ except ImportError as error:
 
 gym.register_envs(ale_py)
 ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)
-tqdm.monitor_interval = 0  # without its thread, which can abort the interpreter's exit
+tqdm.monitor_interval = 0  # no monitor thread: it can crash the interpreter when it exits
 
 # ---- Configuration -------------------------------------------------------------------------------
 
@@ -98,10 +101,10 @@ class Config:
     model_filename: str = flag("", "mode", "weights to play or to train further, or 'random'")
 
     env_id: str = flag("BreakoutNoFrameskip-v4", "game", "any ALE game that Gymnasium registers")
-    sticky_actions: float = flag(0.0, "game", "action repeat chance (default: by --env-id)", high=1)
+    sticky_actions: float = flag(0.0, "game", "sticky actions (default: by --env-id)", high=1)
     max_frames: int = flag(108_000, "game", "emulator frames until a game is truncated", 4, 10**9)
-    patience: float = flag(250.0, "game", "steps without a point until actions get more random")
-    multithreading: bool = flag(True, "game", "native threads; no: the Python wrappers, in turn")
+    patience: float = flag(250.0, "game", "steps without a point until the temperature rises")
+    multithreading: bool = flag(True, "game", "step the games in C++ instead of Python")
     seed: int = flag(1, "game", "random seed", high=2**30)
     device: str = flag("auto", "game", "auto, cpu, cuda or mps")
 
@@ -110,7 +113,7 @@ class Config:
 
     total_timesteps: int = flag(5_000_000, "training", "steps to train, all games together", 1)
     num_envs: int = flag(8, "training", "games played at once", 1, 4096)
-    precision: str = flag("auto", "training", "of large layers: auto, float32 or bfloat16")
+    precision: str = flag("auto", "training", "auto, float32 or bfloat16, of the large layers")
 
     learning_rate: float = flag(1e-3, "PPO", "initial learning rate of Adam", high=1)
     anneal_lr: bool = flag(True, "PPO", "decrease the learning rate linearly to zero")
@@ -119,7 +122,7 @@ class Config:
     gae_lambda: float = flag(0.95, "PPO", "lambda of generalized advantage estimation", high=1)
     num_minibatches: int = flag(4, "PPO", "minibatches per epoch", 1)
     update_epochs: int = flag(2, "PPO", "epochs per rollout", 1, 1000)
-    learn_fraction: float = flag(1.0, "PPO", "below 1: fraction of the rollout to sample", 0.01, 1)
+    learn_fraction: float = flag(1.0, "PPO", "below 1: part to sample by importance", 0.01, 1)
     life_cost: float = flag(1.0, "PPO", "penalty for the end of a life or game", high=1000)
     clip_coef: float = flag(0.1, "PPO", "clipping range of the probability ratio")
     ent_coef: float = flag(0.003, "PPO", "weight of the entropy bonus")
@@ -128,7 +131,7 @@ class Config:
 
     @property
     def num_updates(self) -> int:
-        """Rollouts of N * T steps that reach `total_timesteps`."""
+        """Number of rollouts of N * T steps, rounded up."""
         return math.ceil(self.total_timesteps / (self.num_envs * self.num_steps))
 
 
@@ -138,7 +141,7 @@ class Config:
 FRAME_SKIP = 4  # emulator frames per action
 FRAME_STACK = 4  # frames in an observation: a single one does not show where the ball is going
 FRAME_SIZE = 84  # height and width of an observation, a multiple of 4
-NOOP_MAX = 30  # a game starts after 0 to 29 random frames
+NOOP_MAX = 30  # a game starts with 0 to 29 no-ops
 
 
 def game_settings(env_id: str) -> dict[str, Any]:
@@ -156,7 +159,7 @@ def game_settings(env_id: str) -> dict[str, Any]:
 @functools.cache
 def action_names(env_id: str) -> list[str]:
     """The actions of a game, A of them, in the order of their numbers."""
-    return AtariEnv(game_settings(env_id)["game"]).get_action_meanings()
+    return AtariEnv(**game_settings(env_id)).get_action_meanings()
 
 
 def fire_action(names: list[str]) -> int | None:
@@ -200,23 +203,6 @@ class MaxAndSkipEnv(gym.Wrapper):
         return np.max(last_two, axis=0), total_reward, terminated, truncated, info
 
 
-class ServeEnv(gym.Wrapper):
-    """Replaces the action after a lost life by FIRE, which serves the next ball."""
-
-    def reset(self, **kwargs: Any) -> tuple[np.ndarray, dict]:
-        obs, info = self.env.reset(**kwargs)
-        self.fire = fire_action(self.unwrapped.get_action_meanings())
-        self.lives, self.life_lost = info["lives"], False
-        return obs, info
-
-    def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict]:
-        serve = self.life_lost and self.fire is not None
-        result = self.env.step(self.fire if serve else action)
-        lives_before, self.lives = self.lives, result[-1]["lives"]
-        self.life_lost = 0 < self.lives < lives_before
-        return result
-
-
 def make_env(env_id: str, seed=None, keep_rgb=False, sticky_actions=None, max_frames=108_000):
     """One game: observations (4, 84, 84) uint8, true rewards; an episode is a whole game."""
     options = game_settings(env_id) | {"frameskip": 1, "max_num_frames_per_episode": None}
@@ -225,7 +211,7 @@ def make_env(env_id: str, seed=None, keep_rgb=False, sticky_actions=None, max_fr
     env = AtariEnv(**options, obs_type="grayscale", render_mode="rgb_array")
     # RGB frames, (210, 160, 3) uint8, are kept until `render` returns them.
     env = gym.wrappers.RenderCollection(env) if keep_rgb else env
-    env = ServeEnv(MaxAndSkipEnv(NoopResetEnv(FireResetEnv(env))))
+    env = MaxAndSkipEnv(NoopResetEnv(FireResetEnv(env)))
     env = gym.wrappers.TimeLimit(env, math.ceil(max_frames / FRAME_SKIP))
     env = gym.wrappers.ResizeObservation(env, (FRAME_SIZE, FRAME_SIZE))  # (84, 84) uint8
     env = gym.wrappers.FrameStackObservation(env, FRAME_STACK, padding_type="zero")  # newest last
@@ -237,14 +223,15 @@ def make_vector_env(config: Config, num_envs: int, keep_rgb: bool = False) -> gy
     """N times `make_env`, or the same in C++ on native threads. In both, the step after the end of
     a game ignores the action and resets the game (NEXT_STEP).
     """
-    sticky, max_frames = config.sticky_actions, config.max_frames
+    settings, sticky = game_settings(config.env_id), config.sticky_actions
     if keep_rgb or not config.multithreading:
-        make = functools.partial(make_env, config.env_id, None, keep_rgb, sticky, max_frames)
+        make = functools.partial(make_env, config.env_id, None, keep_rgb, sticky, config.max_frames)
         return gym.vector.SyncVectorEnv([make] * num_envs)
     return AtariVectorEnv(
-        game_settings(config.env_id)["game"], num_envs, repeat_action_probability=sticky,
-        max_num_frames_per_episode=max_frames, frameskip=FRAME_SKIP, stack_num=FRAME_STACK,
-        img_height=FRAME_SIZE, img_width=FRAME_SIZE, noop_max=NOOP_MAX, reward_clipping=False,
+        settings["game"], num_envs, full_action_space=settings["full_action_space"],
+        repeat_action_probability=sticky, max_num_frames_per_episode=config.max_frames,
+        frameskip=FRAME_SKIP, stack_num=FRAME_STACK, img_height=FRAME_SIZE, img_width=FRAME_SIZE,
+        noop_max=NOOP_MAX, reward_clipping=False,
     )  # fmt: skip
 
 
@@ -269,7 +256,7 @@ class StepResult(NamedTuple):
 
 
 class Games:
-    """N games, and what is remembered between steps: `frames` (N, 4, 84, 84) uint8, for example."""
+    """N games and their present state: frames (N, 4, 84, 84) uint8, lives, scores, and so on."""
 
     def __init__(self, config: Config, num_envs: int, keep_rgb: bool = False) -> None:
         self.env, self.num_envs = make_vector_env(config, num_envs, keep_rgb), num_envs
@@ -277,7 +264,7 @@ class Games:
         self.fire = fire_action(self.action_names)
 
     def reset(self, *entropy: int) -> None:
-        """Start new games. SeedSequence hashes `entropy`: different ones share no game's seed."""
+        """Start new games, with seeds that SeedSequence derives from the numbers `entropy`."""
         seeds = (np.random.SeedSequence(entropy).generate_state(self.num_envs) >> 1).astype(int)
         native = isinstance(self.env, AtariVectorEnv)
         self.frames, info = self.env.reset(seed=seeds if native else seeds.tolist())
@@ -288,7 +275,7 @@ class Games:
 
     def step(self, actions: np.ndarray) -> StepResult:
         """Take `actions`, (N,) int64. Raises ValueError for a number that is not an action."""
-        if actions.min() < 0 or actions.max() >= len(self.action_names):  # hangs the emulator
+        if actions.min() < 0 or actions.max() >= len(self.action_names):  # ale-py would hang
             raise ValueError(f"actions {actions}: the game has {len(self.action_names)}")
         actions = np.where(self.serve, self.fire or 0, actions)
         restarted, decided = self.game_over, ~(self.game_over | self.serve)
@@ -302,9 +289,9 @@ class Games:
         self.lengths = np.where(restarted, 0, self.lengths + 1)
         no_event = ~restarted & ~terminated & ~truncated & (rewards == 0)
         self.idle = np.where(no_event, self.idle + decided, 0)
-        over, rewards = np.flatnonzero(self.game_over).tolist(), np.sign(rewards, dtype=np.float32)
-        finished = [FinishedGame(i, float(self.scores[i]), int(self.lengths[i])) for i in over]
-        return StepResult(rewards, terminated, truncated, decided, finished)
+        slots, clipped = np.flatnonzero(self.game_over).tolist(), np.sign(rewards, dtype=np.float32)
+        finished = [FinishedGame(i, float(self.scores[i]), int(self.lengths[i])) for i in slots]
+        return StepResult(clipped, terminated, truncated, decided, finished)
 
 
 # ---- Network -------------------------------------------------------------------------------------
@@ -320,12 +307,12 @@ def init_layer(layer: nn.Module, gain: float = math.sqrt(2)) -> nn.Module:
 
 
 class FrameConv(nn.Conv2d):
-    """The first convolution, of frames (M, 4, 84, 84) uint8, scaled to 0..1. It is computed with
-    stride 1 over blocks of 4 x 4 pixels, (M, 64, 21, 21): 1.5 times as fast in bfloat16.
+    """Conv2d(kernel_size=8, stride=4) of frames / 255, (M, 4, 84, 84) uint8. It is computed with
+    stride 1 after space-to-depth, (M, 64, 21, 21): 1.5 times as fast in bfloat16.
     """
 
     def forward(self, frames: Tensor) -> Tensor:
-        # pixel_unshuffle, but moving the four pixels of a row as one int32: ten times as fast.
+        # Like pixel_unshuffle(frames, 4), but copies four pixels at a time: ten times as fast.
         m, side = len(frames), FRAME_SIZE // 4
         rows = frames.contiguous().view(torch.int32).view(m, FRAME_STACK, side, 4, side)
         blocks = rows.permute(0, 2, 4, 1, 3).contiguous().view(torch.uint8)
@@ -389,7 +376,7 @@ class Agent(nn.Module):
             return self.actor(hidden), self.critic(hidden).squeeze(-1)
 
     @torch.no_grad()
-    def act(self, frames: Tensor, idle: np.ndarray, generator: Any, greedy: bool = False) -> Batch:
+    def act(self, frames: Tensor, idle: np.ndarray, generator=None, greedy: bool = False) -> Batch:
         """Sample an action from the policy in each of N games, or take the most probable one.
 
         frames are (N, 4, 84, 84) uint8. After idle > patience steps without a point the logits are
@@ -442,7 +429,7 @@ def process_group() -> Iterator[None]:
     if not dist.is_torchelastic_launched():
         yield
         return
-    import torch.distributed.nn  # imported later, it would keep the group's threads alive
+    import torch.distributed.nn  # before the group exists, else its threads outlive the group
 
     local_rank, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
     if gpus:
@@ -474,6 +461,8 @@ class TrainState:
     best_mean: float = -math.inf  # highest mean score at a checkpoint
     scores: deque[float] = dataclasses.field(default_factory=lambda: deque(maxlen=100))
 
+    COUNTERS = ("update", "global_step", "num_games", "best_mean")
+
     @property
     def mean_score(self) -> float:
         """Mean true score of the last 100 games; nan before the first."""
@@ -481,18 +470,18 @@ class TrainState:
 
     def state_dict(self) -> dict[str, Any]:
         """All that a resumed run needs, except its Config. Tensors are not copied."""
-        state = {"scores": list(self.scores), "generator": self.generator.get_state()}
-        state |= {"agent": self.agent.state_dict(), "optimizer": self.optimizer.state_dict()}
-        return vars(self) | state
+        state = {name: getattr(self, name) for name in self.COUNTERS}
+        state |= {"scores": list(self.scores), "generator": self.generator.get_state()}
+        return state | {"agent": self.agent.state_dict(), "optimizer": self.optimizer.state_dict()}
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Restore a `state_dict`."""
+        vars(self).update({name: saved[name] for name in self.COUNTERS})
+        self.scores.extend(saved["scores"])
         self.agent.load_state_dict(saved["agent"])
         self.optimizer.load_state_dict(saved["optimizer"])
-        counters = {x: saved[x] for x in ("update", "global_step", "num_games", "best_mean")}
-        vars(self).update(counters, scores=deque(saved["scores"], maxlen=100))
         if rank() == 0 and saved["generator"].shape == self.generator.get_state().shape:
-            self.generator.set_state(saved["generator"])  # not one of another kind of device
+            self.generator.set_state(saved["generator"])  # from the same kind of device
 
 
 def make_rollout(num_steps: int, num_envs: int, device: torch.device) -> Batch:
@@ -508,11 +497,10 @@ def make_rollout(num_steps: int, num_envs: int, device: torch.device) -> Batch:
     return rollout | {name: zeros(size).bool() for name in ("terminated", "truncated", "decided")}
 
 
-def anneal(state: TrainState, config: Config) -> float:
-    """Set the learning rate of the next update and return it."""
-    left = 1 - state.update / config.num_updates if config.anneal_lr else 1.0
-    state.optimizer.param_groups[0]["lr"] = config.learning_rate * left
-    return config.learning_rate * left
+def anneal(config: Config, update: int) -> Config:
+    """The settings for one update: the learning rate decreases linearly to zero."""
+    remaining = 1 - update / config.num_updates if config.anneal_lr else 1.0
+    return dataclasses.replace(config, learning_rate=config.learning_rate * remaining)
 
 
 @torch.no_grad()
@@ -558,9 +546,10 @@ def compute_gae(rewards, values, terminated, truncated, gamma: float, gae_lambda
 def make_batch(rollout: Batch, config: Config) -> Batch:
     """The steps of a rollout in one row, (B, ...), with advantages, returns and weights."""
     steps = {name: x[: config.num_steps] for name, x in rollout.items()}
-    rewards = steps["rewards"] - config.life_cost * steps["terminated"]
-    ends, discounts = (steps["terminated"], steps["truncated"]), (config.gamma, config.gae_lambda)
-    steps["advantages"] = compute_gae(rewards, rollout["values"], *ends, *discounts)
+    terminated, truncated = steps["terminated"], steps["truncated"]
+    rewards = steps["rewards"] - config.life_cost * terminated
+    discounts = (config.gamma, config.gae_lambda)
+    steps["advantages"] = compute_gae(rewards, rollout["values"], terminated, truncated, *discounts)
     steps["returns"] = steps["advantages"] + steps["values"]  # the target of the value
     steps["weights"] = steps["decided"].float()  # of each step in the loss
     return {name: x.flatten(0, 1) for name, x in steps.items()}
@@ -610,9 +599,7 @@ def ppo_loss(logits: Tensor, values: Tensor, batch: Batch, config: Config) -> di
         "policy_loss": -torch.min(ratio * advantages, clipped_ratio * advantages),
         "value_loss": 0.5 * (values - batch["returns"]).square(),
         "entropy": -(log_probs.exp() * log_probs).sum(-1),
-        # Two estimates of KL(old, new): joschu.net/blog/kl-approx.html
-        "old_approx_kl": -log_ratio,
-        "approx_kl": ratio - 1 - log_ratio,
+        "approx_kl": ratio - 1 - log_ratio,  # of old and new: joschu.net/blog/kl-approx.html
         "clipfrac": ((ratio - 1).abs() > config.clip_coef).float(),
     }
     losses = {name: (x * batch["weights"]).sum() for name, x in losses.items()}
@@ -640,7 +627,8 @@ def learn_minibatch(state: TrainState, batch: Batch, config: Config) -> dict[str
 
 
 def learn(state: TrainState, rollout: Batch, config: Config) -> dict[str, float]:
-    """Several epochs of minibatches. Returns means, by tag. Raises FloatingPointError."""
+    """Several epochs of minibatches. Returns means by tag. FloatingPointError if it diverges."""
+    state.optimizer.param_groups[0]["lr"] = config.learning_rate
     batch = make_batch(rollout, config)
     history = [
         learn_minibatch(state, minibatch, config)
@@ -654,12 +642,12 @@ def learn(state: TrainState, rollout: Batch, config: Config) -> dict[str, float]
     unexplained = masked_moments(batch["returns"] - batch["values"], batch["weights"])[1]
     variance = masked_moments(batch["returns"], batch["weights"])[1]
     explained = 1 - unexplained / variance.clamp(min=1e-8)
-    weights = sum(parameter.detach().sum() for parameter in state.agent.parameters())
-    numbers = torch.stack([*all_reduce(torch.stack(means)), explained, weights]).tolist()
+    parameter_sum = sum(parameter.detach().sum() for parameter in state.agent.parameters())
+    numbers = torch.stack([*all_reduce(torch.stack(means)), explained, parameter_sum]).tolist()
     if not all(map(math.isfinite, numbers)):
         raise FloatingPointError(f"update {state.update} diverged: try a lower --learning-rate")
     names = [f"losses/{name}" for name in (*history[0], "explained_variance")]
-    return dict(zip(names, numbers))
+    return dict(zip(names, numbers)) | {"charts/learning_rate": config.learning_rate}
 
 
 # ---- Saving and loading --------------------------------------------------------------------------
@@ -747,8 +735,8 @@ RANDOM_SCORE, HUMAN_SCORE = 1.7, 31.8  # in Breakout: Mnih et al. 2015, extended
 
 def pick_device(name: str) -> torch.device:
     """The device `name`. Raises UserError if it is not available."""
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    names = [device for device, found in available.items() if found] + ["cpu"]
+    mps = torch.backends.mps.is_available() and world_size() == 1  # gloo does not support it
+    names = ["cuda"] * torch.cuda.is_available() + ["mps"] * mps + ["cpu"]
     if name not in ("auto", *names):
         raise UserError(f"--device={name} is not available; this machine has {' and '.join(names)}")
     return torch.device(names[0] if name == "auto" else name)
@@ -762,8 +750,9 @@ def pick_precision(name: str, device: torch.device) -> torch.dtype:
         fast = torch.cuda.get_device_capability(device) >= (8, 0)
     else:  # Intel processors without AMX train slower in bfloat16 than in float32
         has = torch.cpu.get_capabilities() if device.type == "cpu" else {}
-        fast = has.get("amx_bf16") or (has.get("avx512_bf16") and "Intel" not in has["cpu_name"])
-    return getattr(torch, name if name != "auto" else "bfloat16" if fast else "float32")
+        fast = has.get("amx_bf16") or (has.get("avx512_bf16") and "Intel" not in str(has))
+    automatic = "bfloat16" if fast else "float32"
+    return getattr(torch, automatic if name == "auto" else name)
 
 
 def make_state(config: Config, agent: Agent | None = None) -> TrainState:
@@ -776,14 +765,22 @@ def make_state(config: Config, agent: Agent | None = None) -> TrainState:
     return TrainState(agent, optimizer, torch.Generator(device).manual_seed(config.seed + rank()))
 
 
+@contextlib.contextmanager
+def output() -> Iterator[None]:
+    """Where the terminal or the pipe is closed, output goes nowhere from then on."""
+    try:
+        yield
+    except OSError:
+        for number in (1, 2):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), number)
+
+
 def say(text: str) -> None:
-    """Print a line above the progress bar. A closed terminal or pipe ends nothing."""
+    """Print a line above the progress bar, on rank 0."""
     if rank() == 0:
-        try:
+        with output():
             tqdm.write(text)
             sys.stdout.flush()
-        except OSError:
-            sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
 
 @contextlib.contextmanager
@@ -806,7 +803,7 @@ def progress_bar(total: int | None, unit: str, initial: int = 0) -> tqdm:
 
 def advance(bar: tqdm, units: int, text: str) -> float:
     """Count `units` more and show `text`. Returns the mean speed, in units per second."""
-    with contextlib.suppress(OSError):  # a closed terminal
+    with output():
         bar.set_postfix_str(text, refresh=False)
         bar.update(units)
     return (bar.n - bar.initial) / max(bar.format_dict["elapsed"], 1e-9)
@@ -830,15 +827,15 @@ class Logger:
                 self.writer = self.new_writer(str(self.folder), purge_step=step + 1)
                 self.writer.add_text("config", repr(self.config), step)
 
-    def log(self, state: TrainState, finished: list[FinishedGame], numbers: dict) -> None:
-        """Log the games that finished in an update, and `numbers` by tag."""
+    def log(self, state: TrainState, finished: list, numbers: dict[str, float]) -> None:
+        """Log the `numbers` of an update, by tag, and the games that finished in it."""
         text = f"mean score {state.mean_score:.2f}" if state.scores else "no game is over yet"
         speed = advance(self.bar, state.global_step - self.bar.n, text)
         points = [*numbers.items(), ("charts/SPS", speed)]
         points += [("charts/mean_return_100", state.mean_score)] * bool(state.scores)
         points += [("charts/episodic_return", game.score) for game in finished]
         points += [("charts/episodic_length", game.length) for game in finished]
-        writer, self.writer = self.writer, None  # after an error, until `open` makes another
+        writer, self.writer = self.writer, None  # after an error, there is none until `open`
         if writer:
             with reported(f"write curves to {self.folder}/"):
                 for tag, value in points:
@@ -863,24 +860,29 @@ def save_checkpoint(state: TrainState, config: Config, folder: Path) -> bool:
 def finish(state: TrainState, config: Config, folder: Path, bar: tqdm) -> bool:
     """Save the final weights, and say how to watch them and to continue. Returns success."""
     trained, rom = state.update == config.num_updates, game_settings(config.env_id)["game"]
-    elapsed, verb = bar.format_dict["elapsed"], "Trained" if trained else "Stopped after"
-    bar.close()
-    say(f"{verb} {state.global_step:,} steps in {timedelta(seconds=round(elapsed))}")
-    human = f" (random play {RANDOM_SCORE}, a human {HUMAN_SCORE})" * (rom == "breakout")
-    say(f"{state.num_games:,} games, mean score of the last 100 {state.mean_score:.2f}{human}")
+    steps = config.total_timesteps if trained else state.global_step
+    path, saved = Path("models") / f"ai_{rom}_game{steps}.mdl", False
+    with reported(f"save {path}"):
+        for target in (folder / "last.mdl", path):
+            save_file(model_content(state, config), target)
+        saved = True
+
+    with output():
+        bar.close()
+    elapsed = timedelta(seconds=round(bar.format_dict["elapsed"]))
+    say(f"{'Trained' if trained else 'Stopped after'} {state.global_step:,} steps in {elapsed}")
+    if state.scores:
+        human = f" (random play {RANDOM_SCORE}, a human {HUMAN_SCORE})" * (rom == "breakout")
+        games = f"{len(state.scores)} of {state.num_games:,} games"
+        say(f"mean score of the last {games}: {state.mean_score:.2f}{human}")
     activated = sys.prefix == sys.base_prefix or "VIRTUAL_ENV" in os.environ
     script = shlex.join(["python3" if activated else sys.executable, os.path.relpath(__file__)])
     more = f" --total-timesteps={2 * state.global_step}" * trained
     say(f"  curves   tensorboard --logdir {shlex.quote(str(folder.parent))}")
     say(f"  resume   {script} --resume={shlex.quote(str(folder))}{more}")
-    steps = config.total_timesteps if trained else state.global_step
-    path = Path("models") / f"ai_{rom}_game{steps}.mdl"
-    with reported(f"save {path}"):
-        for target in (folder / "last.mdl", path):
-            save_file(model_content(state, config), target)
+    if saved:
         say(f'  watch    {script} --run=1 --model-filename="{path.name}"')
-        return True
-    return False
+    return saved
 
 
 @contextlib.contextmanager
@@ -889,7 +891,7 @@ def handle_signals(handler: Callable[[int, Any], Any]) -> Iterator[None]:
     names, before = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK"), {}  # Windows has no SIGHUP
     with contextlib.suppress(ValueError):  # in a thread
         for number in signal.Signals:
-            if number.name in names and signal.getsignal(number) != signal.SIG_IGN:  # by nohup
+            if number.name in names and signal.getsignal(number) != signal.SIG_IGN:  # nohup
                 before[number] = signal.signal(number, handler)
     try:
         yield
@@ -904,7 +906,7 @@ class StopRequest:
     made = False
 
     def __call__(self, number: int, frame: Any) -> None:
-        if self.made and number == signal.SIGINT and world_size() == 1:  # torchrun sends two
+        if self.made and number == signal.SIGINT and world_size() == 1:  # torchrun repeats it
             raise KeyboardInterrupt
         if not self.made and rank() == 0:
             with contextlib.suppress(OSError):
@@ -915,9 +917,9 @@ class StopRequest:
 def train(config: Config, state: TrainState, folder: Path) -> None:
     """Train until `total_timesteps` or until a signal asks to stop. Raises UserError."""
     games = Games(config, config.num_envs // world_size())
-    games.reset(config.seed, state.global_step, rank())
+    games.reset(0, config.seed, state.global_step, rank())
     rollout = make_rollout(config.num_steps, games.num_envs, state.agent.device)
-    say(f"{config.env_id}, {config.num_envs} games, on {state.agent.device}; curves in {folder}/")
+    say(f"{config.env_id}, {config.num_envs} games, {state.agent.device}, {state.agent.precision}")
 
     stop, next_checkpoint = StopRequest(), 0.0
     logger = Logger(folder, config, state) if rank() == 0 else None  # rank 0 logs and saves
@@ -927,11 +929,11 @@ def train(config: Config, state: TrainState, folder: Path) -> None:
                 save_checkpoint(state, config, folder)
                 logger.open(state.global_step)
                 next_checkpoint = time.monotonic() + CHECKPOINT_SECONDS
-            learning_rate = anneal(state, config)
+            annealed = anneal(config, state.update)
             finished = collect_rollout(state, games, rollout)
-            losses = learn(state, rollout, config)
+            losses = learn(state, rollout, annealed)
             if logger:
-                logger.log(state, finished, losses | {"charts/learning_rate": learning_rate})
+                logger.log(state, finished, losses)
 
         if logger:
             saved = save_checkpoint(state, config, folder)
@@ -947,7 +949,7 @@ EMULATOR_FPS = 60
 def run_episodes(agent: Agent, games: Games, config: Config, seed: int) -> Iterator[tuple]:
     """Play N games without end. Yields for each step the frames, what `act` says, the result."""
     generator = torch.Generator(agent.device).manual_seed(seed)
-    games.reset(seed)
+    games.reset(1, seed)
     while True:
         frames = games.frames
         decision = agent.act(torch.from_numpy(frames), games.idle, generator, config.greedy)
@@ -971,8 +973,8 @@ def play_games(agent: Agent, config: Config) -> list[FinishedGame]:
     the first to finish would be the short ones, whose scores are low.
     """
     slots, finished = min(config.evaluate, 32), []
-    shares = np.bincount(np.arange(config.evaluate) % slots)
-    with contextlib.suppress(KeyboardInterrupt), progress_bar(None, "step") as bar:
+    shares, bar = np.bincount(np.arange(config.evaluate) % slots), progress_bar(None, "step")
+    with contextlib.suppress(KeyboardInterrupt):
         for _, _, result in run_episodes(agent, Games(config, slots), config, config.seed):
             counted = [game for game in result.finished if shares[game.slot]]
             shares[[game.slot for game in counted]] -= 1
@@ -1018,7 +1020,7 @@ def evaluate(config: Config, agent: Agent, model: Path) -> None:
 
     name = f"{model.name}.evaluations.jsonl"
     path = model.parent / name if os.access(model.parent, os.W_OK) else Path(name)
-    with open(path, "a") as file:
+    with reported(f"write {path}"), open(path, "a") as file:
         file.write(json.dumps(report) + "\n")
     print_scores(np.array(scores), interval, config.env_id)
     if len(different) < len(scores):
@@ -1068,8 +1070,8 @@ def watch(agent: Agent, config: Config, seed: int, scores: list[float]) -> Itera
     games = Games(config, 1, keep_rgb=True)
     values: deque[float] = deque(maxlen=150)  # ten seconds
     for frames, decision, result in run_episodes(agent, games, config, seed):
-        shown = [x[..., ::-1].repeat(3, 0).repeat(3, 1) for x in games.env.render()[0]]
-        panel = np.full((len(shown[0]) if shown else 630, 420, 3), BACKGROUND, np.uint8)
+        shown = [rgb[..., ::-1].repeat(3, 0).repeat(3, 1) for rgb in games.env.render()[0]]
+        panel = np.full((len(shown[0]), 420, 3), BACKGROUND, np.uint8)
         mean = f"{np.mean(scores):.1f}" if scores else "-"
         numbers = (f"{games.scores[0]:.10g}", games.lives[0], len(scores) + 1, mean)
         for x, name, value in zip((24, 150, 234, 318), ("score", "lives", "game", "mean"), numbers):
@@ -1092,28 +1094,25 @@ class Recorder:
     GIF_SECONDS = 40  # each takes up to four megabytes of memory
 
     def __init__(self, path: Path) -> None:
-        import av  # imported here: playing can do without
-        import PIL.Image
-
         self.path, self.is_gif, self.count = path, path.suffix.lower() == ".gif", 0
-        self.video, self.images, self.av, self.image = None, [], av, PIL.Image
+        self.video, self.images = None, []
         path.touch()  # an error is raised now, not at the end
 
     def add(self, picture: np.ndarray) -> None:
         """Add the picture of the next emulator frame, (height, width, 3) uint8 BGR."""
         if self.is_gif:
-            if self.count % FRAME_SKIP == 0 and self.count < self.GIF_SECONDS * EMULATOR_FPS:
+            if self.count % 4 == 0 and self.count < self.GIF_SECONDS * EMULATOR_FPS:
                 small = cv2.resize(picture, None, fx=2 / 3, fy=2 / 3, interpolation=cv2.INTER_AREA)
-                image = self.image.fromarray(cv2.cvtColor(small, cv2.COLOR_BGR2RGB))
-                self.images.append(image.quantize(128, dither=self.image.Dither.NONE))
+                image = Image.fromarray(cv2.cvtColor(small, cv2.COLOR_BGR2RGB))
+                self.images.append(image.quantize(128, dither=Image.Dither.NONE))
         else:
             if self.video is None:  # H.264 with 4:2:0 colour plays in every browser
-                self.video = self.av.open(self.path, "w", options={"movflags": "hybrid_fragmented"})
+                self.video = av.open(self.path, "w", options={"movflags": "hybrid_fragmented"})
                 options = {"preset": "veryfast", "crf": "20"}
                 stream = self.video.add_stream("libx264", rate=EMULATOR_FPS, options=options)
                 stream.height, stream.width, stream.pix_fmt = *picture.shape[:2], "yuv420p"
                 self.video.start_encoding()  # raises on a full disk, where `encode` would crash
-            frame = self.av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="bgr24")
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="bgr24")
             self.video.mux(self.video.streams.video[0].encode(frame))
         self.count += 1
 
@@ -1139,7 +1138,7 @@ def record(config: Config, agent: Agent, _: Path) -> None:
             advance(bar, 1, f"{len(scores)} games over")
             if recorder.count >= seconds * EMULATOR_FPS or (scores and not config.seconds):
                 break
-    bar.close()
+    del bar  # closes it
     say(recorder.close())
 
 
@@ -1151,7 +1150,7 @@ def display_error() -> str:
     except subprocess.TimeoutExpired:
         return "the display does not answer"
     except subprocess.CalledProcessError as error:
-        return error.stderr.decode(errors="replace").strip().partition("\n")[0]
+        return error.stderr.decode(errors="replace").strip().partition("\n")[0] or "it fails"
     return ""
 
 
@@ -1233,7 +1232,7 @@ class Window:
         self.count += 1
         if self.count % max(1, round(self.speed)) == 0:  # at high speed, every nth
             period = 1 / (EMULATOR_FPS * min(1, self.speed))
-            self.due = max(self.due + period, time.monotonic() - 0.1)  # no race after a pause
+            self.due = max(self.due + period, time.monotonic() - 0.1)  # do not hurry after a pause
             self.draw(np.hstack(pictures[: 1 + self.panel]), self.due - time.monotonic())
         self.frames_left = max(0, self.frames_left - 1)
         while self.paused and not (self.frames_left or self.restart):
@@ -1376,8 +1375,8 @@ def resume_training(given: dict[str, Any]) -> None:
     name = given.pop("resume")  # a path, a name in runs/, a checkpoint, or latest
     runs = sorted(Path("runs").glob("*/checkpoint.pt"), key=lambda path: path.stat().st_mtime)
     paths = [Path(name), Path(name) / "checkpoint.pt", Path("runs") / name / "checkpoint.pt"]
-    folder = find_file(name, runs[-1:] if name == "latest" else paths).parent
-    saved = read_file(folder / "checkpoint.pt")
+    path = find_file(name, runs[-1:] if name == "latest" else paths)
+    saved = read_file(path)
     try:
         settings = saved["config"]
         for name, value in given.items():
@@ -1388,8 +1387,8 @@ def resume_training(given: dict[str, Any]) -> None:
         state = make_state(config)
         state.load_state_dict(saved)
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise UserError(f"{folder}/checkpoint.pt is not a checkpoint: {error!r:.99}") from None
-    train(config, state, folder)
+        raise UserError(f"{path} is not a checkpoint of this program: {error!r:.99}") from None
+    train(config, state, path.parent)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -1407,8 +1406,8 @@ def main(argv: list[str] | None = None) -> int:
                 {"evaluate": evaluate, "record": record, "run": play}[mode](*load_player(given))
         return 0
     except (ArithmeticError, ImportError, MemoryError, OSError, RuntimeError, UserError) as error:
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
-            raise  # a bug; with "memory", torch could not allocate any
+        if isinstance(error, RuntimeError) and "allocate" not in str(error):
+            raise  # a bug; else there is no memory left to allocate
         print(f"{Path(__file__).name}: {' '.join(str(error).split())[:300]}", file=sys.stderr)
         return 2 if isinstance(error, UserError) else 1
     except KeyboardInterrupt:

@@ -1,452 +1,667 @@
-"""Models, measuring and recording; the window has a file of its own."""
+"""Evaluations, the variant of a game that a model plays, the agent's choices, and recordings."""
 
 import itertools
 import json
 import math
 import os
-import pickle
+import re
+import signal
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 
 import cv2
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import run_script
+from conftest import SCRIPT, only, start, wait_for
 
 import ai_breakout_game as script
 
-BREAKOUT = script.Game("breakout")
-
-
-@pytest.fixture
-def model(trained):
-    """Weights that the lesson's first command wrote."""
-    return trained[0] / "models" / "ai_breakout_game3000.mdl"
+RANDOM = "--model-filename=random"
 
 
 @pytest.fixture(autouse=True)
 def empty_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "empty"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
 
 
-# ------------------------------------------------------------------------------------------ models
+@pytest.fixture
+def mount():
+    """A function that makes a folder with a file system of its own."""
+    folders = []
+
+    def mount_at(folder, options):
+        Path(folder).mkdir()
+        folders.append(os.path.abspath(folder))
+        command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder]
+        if subprocess.run(command, capture_output=True).returncode:
+            pytest.skip("only root can mount a file system")
+
+    yield mount_at
+    for folder in folders:
+        subprocess.run(["umount", "-l", folder], capture_output=True)
 
 
-def test_a_model_is_found_as_given_then_in_models_then_beside_the_script(tmp_path, monkeypatch):
-    shipped = tmp_path / "elsewhere" / "models"
-    monkeypatch.setattr(script, "__file__", str(shipped.parent / "script.py"))
-    for folder in (shipped, Path("models"), Path()):
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "a.mdl").write_text("")
-        assert script.find_model("a.mdl", script.Config()).resolve() == (folder / "a.mdl").resolve()
-
-
-def test_a_saved_model_comes_back_bit_for_bit(model):
-    agent = script.load_agent(model, BREAKOUT)
-    saved = torch.load(model, weights_only=True)
-    assert all(torch.equal(saved["weights"][name], x) for name, x in agent.state_dict().items())
-    assert saved["steps"] == 3072
-
-
-def test_a_bare_state_dict_with_the_usual_names_is_a_model():
-    torch.manual_seed(3)
-    agent = script.Agent(4)
-    torch.save(agent.state_dict(), "bare.pt")
-    loaded = script.load_agent(Path("bare.pt"), BREAKOUT)
-    frames = torch.randint(0, 255, (2, 4, 84, 84), dtype=torch.uint8)
-    assert torch.equal(agent(frames)[0], loaded(frames)[0])
-
-
-class Attack:
-    """Unpickled, it would leave a trace."""
-
-    def __reduce__(self):
-        return os.mkdir, ("attacked",)
-
-
-def write_pickle(path):
-    path.write_bytes(pickle.dumps(Attack()))
-
-
-def write_torch(content):
-    return lambda path: torch.save(content, path)
-
-
-def write_truncated(path):
-    torch.save(script.Agent(4).state_dict(), path)
-    path.write_bytes(path.read_bytes()[:100_000])
-
-
-def write_zip(path):
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("a.txt", "b")
-
-
-def write_other_shape(path):
-    weights = script.Agent(4).state_dict()
-    weights["network.0.weight"] = torch.zeros(32, 3, 8, 8)
-    torch.save(weights, path)
-
-
-def write_impatient(path):
-    torch.save({"weights": script.Agent(4).state_dict(), "patience": math.nan}, path)
-
-
-@pytest.mark.parametrize(
-    ("write", "said"),
-    [
-        (lambda path: path.write_text("hello"), "is not a model"),
-        (lambda path: path.write_bytes(b""), "is not a model"),
-        (write_pickle, "is not a model"),
-        (write_torch(Attack()), "is not a model"),
-        (write_truncated, "is not a model"),
-        (write_zip, "is not a model"),
-        (write_torch([1, 2]), "is not a model"),
-        (write_torch({"weights": 5}), "is not a model"),
-        (write_torch({"weights": {"a": 5}}), "is not a model"),
-        (write_impatient, "is not a model: patience is nan"),
-        (write_torch({}), "network.0.weight is missing"),
-        (write_torch({"x": torch.zeros(3)}), "network.0.weight is missing"),
-        (write_other_shape, "network.0.weight is (32, 3, 8, 8), not (32, 4, 8, 8)"),
-        (write_torch(script.Agent(6).state_dict()), "actor.weight is (6, 512), not (4, 512)"),
-        (
-            write_torch({"weights": {}, "game": "pong", "env_id": "ALE/Pong-v5"}),
-            "plays pong, not breakout: add --env-id=ALE/Pong-v5",
-        ),
-    ],
-)
-def test_a_file_that_is_no_model_gets_one_line_and_runs_nothing(capsys, write, said):
-    write(Path("bad.mdl"))
-    assert script.main(["--evaluate=1", "--model-filename=bad.mdl"]) == 2
-    output, errors = capsys.readouterr()
-    assert said in errors and errors.count("\n") == 1 and output == ""
-    assert os.listdir() == ["bad.mdl"]
-
-
-@pytest.mark.parametrize("mode", ["--record=a.gif", "--run", "--total-timesteps=1"])
-def test_no_mode_takes_a_file_that_is_no_model(capsys, mode):
-    write_pickle(Path("bad.mdl"))
-    assert script.main([mode, "--model-filename=bad.mdl"]) == 2
-    output, errors = capsys.readouterr()
-    assert "bad.mdl is not a model" in errors and errors.count("\n") == 1 and output == ""
-    assert os.listdir() == ["bad.mdl"]
-
-
-def test_a_recording_does_not_begin_where_its_name_is_a_folder(capsys):
-    Path("a.gif").mkdir()
-    assert script.main(["--record=a.gif", "--model-filename=random", "--seconds=0.2"]) == 2
-    assert "--record=a.gif is a folder" in capsys.readouterr().err
-    assert os.listdir() == ["a.gif"] and os.listdir("a.gif") == []
-
-
-# --------------------------------------------------------------------------------------- measuring
-
-
-def evaluation(*args):
-    assert script.main(["--evaluate=6", "--max-frames=1000", *args]) == 0
-    (path,) = Path().rglob("*.evaluation.json")
-    return json.loads(path.read_text())
-
-
-def test_the_same_seed_gives_the_same_scores_and_another_seed_others():
-    first, again = (evaluation("--model-filename=random", "--max-frames=500") for _ in range(2))
-    other = evaluation("--model-filename=random", "--max-frames=500", "--seed=5")
-    assert first == again
-    assert first["scores"] != other["scores"]
-
-
-def test_scores_of_millions_are_printed_digit_by_digit(capsys):
-    script.print_scores(np.array([1234567.0, 1234571.0]), None, "atlantis")
-    assert "mean 1,234,569.00, median 1,234,569, from 1,234,567 to 1,234,571" in (
-        capsys.readouterr().out
+def spy(monkeypatch, owner, name, look):
+    """Call `look` with the arguments of owner.name before each call."""
+    original = getattr(owner, name)
+    monkeypatch.setattr(
+        owner, name, lambda *args, **named: (look(*args, **named), original(*args, **named))[1]
     )
 
 
-def slow_scores(agent, episodes, seed, slots, max_frames):
-    """Evaluation without any of its parts: one wrapper stack a slot, stepped and reset by hand."""
+def save_model(name="mine.mdl", bias=None, **settings):
+    """Write a model that decides by what it sees, or always by `bias`; returns its flag."""
+    torch.manual_seed(3)
+    agent = script.Agent(4)
+    with torch.no_grad():
+        agent.actor.weight *= 200 if bias is None else 0
+        agent.actor.bias.copy_(torch.tensor(bias or [0.0] * 4))
+    torch.save({"weights": agent.state_dict(), **settings}, name)
+    return f"--model-filename={name}"
+
+
+def reports(path):
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+def evaluate(*args):
+    """Evaluate one short game, or as `args` say; the newest report of the only file of them."""
+    assert script.main(["--evaluate=1", "--max-frames=400", *args]) == 0
+    return reports(only(Path().rglob("*.jsonl")))[-1]
+
+
+# ------------------------------------------------------------------------------------------ scores
+
+
+def plain_games(agent, seed, number, max_frames):
+    """Scores and lengths of some games, without any of the script's loops."""
     generator = torch.Generator().manual_seed(seed)
-    game = script.Game("breakout", max_frames=max_frames)
-    envs = [script.make_env(game) for _ in range(slots)]
-    frames = [env.reset(seed=seed + i)[0] for i, env in enumerate(envs)]
-    share = [episodes // slots + (i < episodes % slots) for i in range(slots)]
-    scores, ended = [[] for _ in envs], [False] * slots
-    while any(len(done) < wanted for done, wanted in zip(scores, share)):
+    seeds = np.random.SeedSequence([seed]).generate_state(number) >> 1
+    envs = [script.make_env("BreakoutNoFrameskip-v4", max_frames=max_frames) for _ in seeds]
+    frames = [env.reset(seed=int(seed))[0] for env, seed in zip(envs, seeds)]
+    scores, lengths, playing = np.zeros(number), np.zeros(number, int), np.full(number, True)
+    while playing.any():
         with torch.no_grad():
-            probs = agent(torch.from_numpy(np.stack(frames)))[0].softmax(-1)
-        actions = torch.multinomial(probs, 1, generator=generator)[:, 0].tolist()
-        for i, env in enumerate(envs):
-            if ended[i]:
-                frames[i], _ = env.reset()
-                ended[i] = False
-            else:
-                frames[i], _, terminated, truncated, info = env.step(actions[i])
-                ended[i] = terminated or truncated
-                if "episode" in info and len(scores[i]) < share[i]:
-                    scores[i].append(float(info["episode"]["r"]))
-    return sorted(score for done in scores for score in done)
+            probabilities = agent(torch.from_numpy(np.stack(frames)))[0].softmax(-1)
+        actions = torch.multinomial(probabilities, 1, generator=generator)[:, 0].tolist()
+        for i in np.flatnonzero(playing):
+            frames[i], reward, terminated, truncated, _ = envs[i].step(actions[i])
+            scores[i], lengths[i] = scores[i] + reward, lengths[i] + 1
+            playing[i] = not (terminated or truncated)
+    return sorted(zip(scores.tolist(), lengths.tolist()))
 
 
-def test_evaluation_is_a_plain_loop_over_whole_games(model):
-    Path("mine.mdl").write_bytes(model.read_bytes())
-    result = evaluation("--model-filename=mine.mdl", "--multithreading=no", "--seed=3")
-    agent = script.load_agent(model, BREAKOUT)
-    assert sorted(result["scores"]) == slow_scores(agent, 6, 3, slots=6, max_frames=1000)
+def test_scores_are_those_of_a_plain_loop_over_the_games():
+    args = ("--evaluate=2", "--max-frames=1200", "--seed=3", "--multithreading=no")
+    report = evaluate(save_model(), *args)
+    expected = plain_games(script.load_agent("mine.mdl")[0], 3, number=2, max_frames=1200)
+    assert sorted(zip(report["scores"], report["lengths"])) == expected
+    assert max(report["scores"]) > 0 and len(set(report["lengths"])) > 1
 
 
-def test_every_slot_plays_its_share_so_that_short_games_are_not_counted_too_often(monkeypatch):
-    counted = []
-
+def test_every_slot_plays_its_share_so_that_short_games_do_not_count_too_often(monkeypatch):
     class UnfairGames:
-        """Slot 0 ends a game of score 0 each step, every other slot one of score 9 each tenth."""
+        """Slot 0 ends a game of score 0 at every step, the others one of score 9 at each tenth."""
 
-        action_names = ("NOOP", "FIRE")
-        pulse = 0
-
-        def __init__(self, game, num_envs, multithreading):
-            self.num_envs, self.steps = num_envs, 0
-            self.idle = np.zeros(num_envs, int)
+        def __init__(self, config, slots):
+            self.frames, self.steps = np.zeros((slots, 4, 84, 84), np.uint8), 0
+            self.idle = np.zeros(slots, int)
 
         def reset(self, seed):
-            return np.zeros((self.num_envs, 4, 84, 84), np.uint8)
+            pass
 
         def step(self, actions):
             self.steps += 1
-            over = [script.FinishedGame(0, 0.0, 1)]
-            if self.steps % 10 == 0:
-                over += [script.FinishedGame(i, 9.0, 10) for i in range(1, self.num_envs)]
-            counted.extend(over)
-            none = np.zeros(self.num_envs)
-            return script.StepResult(self.reset(0), none, none, none, none, none, none, over)
+            slots = range(1 if self.steps % 10 else len(actions))
+            over = [script.FinishedGame(i, 9.0 if i else 0.0, 5) for i in slots]
+            return script.StepResult(*[None] * 4, finished=over)
 
-    monkeypatch.setattr(script, "make_vector_env", UnfairGames)
-    report = script.evaluate(script.Config(evaluate=64, model_filename="random"))
-    scores = json.loads(report.read_text())["scores"]
-    assert len(scores) == 64 and scores.count(0.0) == 2, "32 slots, two games each"
+    monkeypatch.setattr(script, "Games", UnfairGames)
+    scores = evaluate("--evaluate=65", RANDOM)["scores"]
+    assert len(scores) == 65
+    assert scores.count(0.0) == 3, "of 32 slots, the first plays three games, the others two"
 
 
-def test_scores_are_true_and_told_beside_the_literatures(capsys):
-    result = evaluation("--model-filename=random")
+def test_the_same_seed_gives_the_same_games_and_another_seed_others():
+    args = (RANDOM, "--max-frames=1200")
+    first, again, other = (evaluate(*args, f"--seed={seed}") for seed in (5, 5, 6))
+    assert first == again
+    assert first["lengths"] != other["lengths"]
+
+
+@pytest.mark.parametrize("way", ["yes", "no"])
+def test_neighbouring_seeds_share_no_games(monkeypatch, way):
+    """Games that start with the same seed are the same under --greedy."""
+    seeds = []
+
+    def note(env, seed):
+        seeds.extend(np.asarray(seed).tolist())
+        raise KeyboardInterrupt
+
+    owner = script.AtariVectorEnv if way == "yes" else gym.vector.SyncVectorEnv
+    monkeypatch.setattr(owner, "reset", note)
+    for seed in (1, 2, 3):
+        assert script.main(["--evaluate=4", RANDOM, f"--seed={seed}", f"--multithreading={way}"])
+    assert len(set(seeds)) == 12
+
+
+@pytest.mark.parametrize(("games", "t"), [(2, 12.706), (3, 4.303), (10, 2.262), (100, 1.984)])
+def test_the_interval_is_students_t(games, t):
+    scores = [float(7 * i * i % 101) for i in range(games)]
+    expected = t * np.std(scores, ddof=1) / math.sqrt(games)
+    assert script.confidence_interval(scores) == pytest.approx(expected, rel=1e-3)
+
+
+def pretend(monkeypatch, *scores):
+    """Let an evaluation finish games of these scores; a score is also the length."""
+    games = [script.FinishedGame(0, float(score), score) for score in scores]
+    monkeypatch.setattr(script, "play_games", lambda agent, config: games)
+
+
+def test_one_game_has_no_interval(monkeypatch, capsys):
+    pretend(monkeypatch, 5)
+    assert evaluate(RANDOM)["interval_95"] is None
     output = capsys.readouterr().out
+    assert "mean 5.00, median 5, from 5 to 5" in output and "+-" not in output
+
+
+def test_repeated_games_of_a_greedy_agent_count_once_in_the_interval(monkeypatch, capsys):
+    pretend(monkeypatch, 5, 9, 5, 5)
+    report = evaluate(RANDOM, "--greedy")
+    output = capsys.readouterr().out
+    assert report["mean"] == 6 and report["scores"] == [5, 9, 5, 5]
+    assert report["different_games"] == 2 and "only 2 games are different" in output
+    assert report["interval_95"] == pytest.approx(12.706 * 2, rel=1e-3), "of 5 and 9"
+    assert "mean 6.00 +- 25.4" in output
+
+
+def test_equal_scores_of_an_agent_that_samples_all_count(monkeypatch, capsys):
+    pretend(monkeypatch, 5, 9, 5, 5)
+    report = evaluate(RANDOM)
+    assert report["different_games"] == 4 and "different" not in capsys.readouterr().out
+    assert report["interval_95"] == pytest.approx(3.182, rel=1e-3), "t of four games, error of one"
+
+
+@pytest.mark.parametrize("scores", [[0, 0, 1, 9, 432], [7], [-21, -20, -9], [0, 11], [0, 863, 864]])
+def test_each_game_is_in_its_row_of_the_histogram(monkeypatch, capsys, scores):
+    pretend(monkeypatch, *scores)
+    evaluate(RANDOM)
+    pattern = r"^ +(-?\d+)(?: to (-?\d+))?  +(\d+)  (#*)$"
+    rows = re.findall(pattern, capsys.readouterr().out, re.MULTILINE)
+    following = min(scores)
+    for low, high, count, bar in rows:
+        assert int(low) == following, "without gaps"
+        following = int(high or low) + 1
+        assert int(count) == sum(int(low) <= score < following for score in scores)
+        assert bool(bar) == (count != "0")
+    assert len(rows) <= 13 and sum(int(count) for _, _, count, _ in rows) == len(scores)
+
+
+def test_walls_are_counted_beside_human_and_random_play(monkeypatch, capsys):
+    pretend(monkeypatch, 0, 431, 432, 863, 864)
+    evaluate(RANDOM)
+    output = capsys.readouterr().out
+    assert "60% of the games reached 432" in output and "20% of the games reached 864" in output
     assert "random play 1.7, a human 31.8" in output
-    assert "reached 432" in output and "reached 864" in output
-    assert f"mean {np.mean(result['scores']):.2f} +- " in output
-    assert "median" in output and "█" in output
-    assert len(result["scores"]) == len(result["lengths"]) == result["episodes"] == 6
-    half = 1.96 * np.std(result["scores"], ddof=1) / 6**0.5
-    assert result["interval_95"] == pytest.approx(half)
-    assert result["max_frames"] == 1000 and max(result["lengths"]) <= 250
 
 
-def test_the_report_lies_beside_the_model(model, tmp_path):
-    copy = tmp_path / "mine.mdl"
-    copy.write_bytes(model.read_bytes())
-    assert script.main(["--evaluate=2", "--max-frames=400", f"--model-filename={copy}"]) == 0
-    assert (tmp_path / "mine.evaluation.json").is_file()
+def test_scores_of_millions_are_printed_in_full(monkeypatch, capsys):
+    pretend(monkeypatch, 1234567, 1234571)
+    report = evaluate(RANDOM, "--env-id=AtlantisNoFrameskip-v4")
+    output = capsys.readouterr().out
+    assert "mean 1,234,569.00 +- " in output and report["mean"] == 1234569
+    assert "median 1,234,569, from 1,234,567 to 1,234,571" in output
+    assert "reached" not in output and "human" not in output, "these are of Breakout"
 
 
-def test_a_greedy_agent_takes_the_likeliest_action_and_another_draws(model):
-    agent = script.load_agent(model, BREAKOUT)
-    agent.actor.weight.data.zero_()
-    agent.actor.bias.data = torch.tensor([0.0, 0.0, 0.1, 0.0])
-    for greedy in (True, False):
-        games = script.NativeGames(BREAKOUT, 2)
-        moments = script.run_episodes(agent, games, script.Config(greedy=greedy), seed=1)
-        actions = np.concatenate([next(moments).actions for _ in range(40)])
-        assert (set(actions) == {2}) is greedy
+def test_an_evaluation_shows_at_once_that_it_runs_and_counts_steps_and_games(monkeypatch, capsys):
+    outputs = []
+    spy(monkeypatch, script.Games, "step", lambda *_: outputs.append(capsys.readouterr().out))
+    report = evaluate(RANDOM, "--evaluate=2")
+    assert outputs[0].strip() == "0 steps" and not any(outputs[1:]), "then twice a minute"
+    lines = capsys.readouterr().out.replace("\r", "").splitlines()
+    assert lines[0] == f"{2 * max(report['lengths'])} steps, 2 of 2 games"
+    assert not any("left" in line or "?" in line for line in lines), "no forecast"
 
 
-def test_an_agent_plays_with_the_patience_it_was_trained_with_unless_another_is_given(model):
-    saved = torch.load(model, weights_only=True)
-    torch.save(saved | {"patience": 50.0}, "impatient.mdl")
-    for given, patience in (({}, 50), ({"patience": 7.0}, 7), ({"patience": 0.0}, 0)):
-        config = script.Config(model_filename="impatient.mdl", **given)
-        agent, _ = script.load_player(config, BREAKOUT)
-        assert agent.patience == patience
-    torch.save({name: x for name, x in saved.items() if name != "patience"}, "old.mdl")
-    agent, _ = script.load_player(script.Config(model_filename="old.mdl"), BREAKOUT)
-    assert agent.patience == 0, "models from before there was patience had none"
+# ----------------------------------------------------------------------------------------- reports
 
 
-def test_an_agent_that_waited_too_long_plays_more_by_chance(model):
-    agent = script.load_agent(model, BREAKOUT)
-    agent.actor.weight.data.zero_()
-    agent.actor.bias.data = torch.tensor([6.0, 0.0, 0.0, 0.0])  # the button that does nothing
-    agent.patience, games = 10.0, script.NativeGames(BREAKOUT, 2)
-    moments = script.run_episodes(agent, games, script.Config(), seed=1)
-    idle, longest = np.zeros(2, int), 0
-    for moment in itertools.islice(moments, 100):
-        odds = np.log(moment.probs[:, 0] / moment.probs[:, 1])
-        np.testing.assert_allclose(odds, 6 / np.maximum(1, idle / 10), rtol=1e-4)
-        idle = games.idle.copy()
-        longest = max(longest, *idle)
-    assert longest > 20
+def test_each_model_has_its_own_reports_beside_it_and_earlier_ones_are_kept():
+    Path("sub").mkdir()
+    flags = [save_model(f"sub/lr0.{i}.mdl", patience=10.0) for i in (1, 2)]
+    for args in ((flags[0], "--seed=7"), (flags[1],), (flags[0], "--greedy", "--evaluate=2")):
+        assert script.main(["--evaluate=1", "--max-frames=80", *args]) == 0
+    first, second = reports("sub/lr0.1.mdl.evaluations.jsonl")
+    assert len(reports("sub/lr0.2.mdl.evaluations.jsonl")) == 1
+    settings = {"env_id": "BreakoutNoFrameskip-v4", "sticky_actions": 0, "max_frames": 80}
+    settings |= {"patience": 10, "model": "lr0.1.mdl", "partial": False}
+    assert settings.items() <= first.items() and settings.items() <= second.items()
+    assert (first["seed"], first["greedy"], first["games"]) == (7, False, 1)
+    assert (second["seed"], second["greedy"], second["games"]) == (1, True, 2)
+    assert len(second["scores"]) == 2 and second["lengths"] == [20, 20]
 
 
-# --------------------------------------------------------------------------------------- recording
+def test_a_reader_that_leaves_early_loses_no_report():
+    command = f'"{sys.executable}" "{SCRIPT}" --evaluate=1 --max-frames=80 {RANDOM} | head -1'
+    shell = ["bash", "-o", "pipefail", "-c", command]
+    done = subprocess.run(shell, capture_output=True, text=True, timeout=100)
+    assert "0 steps" in done.stdout and done.stderr == "" and done.returncode == 0
+    assert len(reports(only(Path().rglob("*.jsonl")))) == 1
 
 
-def colours(picture):
-    """The six rows of bricks from the top, RGB."""
-    scale = picture.shape[0] // 210
-    return [picture[(60 + 6 * row) * scale, 80 * scale, ::-1].astype(int) for row in range(6)]
+def test_reports_on_a_model_in_a_read_only_folder_are_written_here(monkeypatch, mount, capsys):
+    mount("shipped", "size=9m")
+    model = save_model("shipped/mine.mdl")
+    subprocess.run(["mount", "-o", "remount,ro", "shipped"], check=True)
+    pretend(monkeypatch, 5)
+    evaluate(model)
+    assert len(reports("mine.mdl.evaluations.jsonl")) == 1
+    assert "appended to mine.mdl.evaluations.jsonl" in capsys.readouterr().out
+
+
+# The third step ends a game; the fourth lasts until a signal comes.
+THIRD_STEP = """if True:
+    import time
+    steps, step = [], script.Games.step
+    def step_or_wait(self, actions):
+        steps.append(1)
+        if len(steps) == 4:
+            print("\\nwaiting", flush=True)
+            time.sleep(60)
+        over = [script.FinishedGame(0, 5.0, 3)] * (len(steps) == 3)
+        return step(self, actions)._replace(finished=over)
+    script.Games.step = step_or_wait"""
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_an_interrupted_evaluation_keeps_its_finished_games(name):
+    process = start("--evaluate=2", RANDOM, cwd=".", before=THIRD_STEP)
+    wait_for("waiting", process)
+    process.send_signal(getattr(signal, name))
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0 and "Traceback" not in output
+    report = only(reports(only(Path().rglob("*.jsonl"))))
+    assert report["partial"] is True and report["scores"] == [5]
+    assert "1 games: mean 5.00" in output and "interrupted" in output
+
+
+# ---------------------------------------------------------------------------------------- variants
+
+
+@pytest.fixture
+def emulators(monkeypatch):
+    """Game and stickiness of each emulator that is started to play."""
+    started = []
+
+    def note(env, *args, **named):
+        if "repeat_action_probability" in named:  # not to look up the names of actions
+            started.append((named.get("game") or args[0], named["repeat_action_probability"]))
+
+    for kind in (script.AtariVectorEnv, script.AtariEnv):
+        spy(monkeypatch, kind, "__init__", note)
+    return started
+
+
+@pytest.mark.parametrize(
+    ("flags", "game", "settings"),
+    [
+        (["--env-id=ALE/Breakout-v5"], "breakout", ("ALE/Breakout-v5", 0.25, 108_000, 250)),
+        (["--env-id=ALE/Pong-v5"], "pong", ("ALE/Pong-v5", 0.25, 108_000, 250)),
+        (
+            ["--sticky-actions=0.5", "--max-frames=240", "--patience=7"],
+            "breakout", ("BreakoutNoFrameskip-v4", 0.5, 240, 7),
+        ),
+    ],
+)  # fmt: skip
+def test_a_model_alone_is_played_and_trained_further_as_it_was_trained(
+    monkeypatch, emulators, capsys, flags, game, settings
+):
+    settings = dict(zip(("env_id", "sticky_actions", "max_frames", "patience"), settings))
+    train = ["--num-envs=1", "--num-steps=8", "--num-minibatches=1", "--total-timesteps=8"]
+    assert script.main([*train, *flags]) == 0
+    path, model = f"models/ai_{game}_game8.mdl", f"--model-filename=ai_{game}_game8.mdl"
+    capsys.readouterr(), emulators.clear()
+    assert script.main([*train, model]) == 0
+    assert script.main(["--record=a.gif", "--seconds=0.1", model]) == 0
+    if settings["max_frames"] > 240:  # else it plays for minutes
+        step, over = script.Games.step, [script.FinishedGame(0, 1.0, 1)]
+        monkeypatch.setattr(script.Games, "step", lambda *args: step(*args)._replace(finished=over))
+    assert script.main(["--evaluate=1", model]) == 0
+    assert emulators == [(game, settings["sticky_actions"])] * 3
+    output = capsys.readouterr().out
+    assert f"{settings['env_id']}, sticky actions {settings['sticky_actions']:g}, seed" in output
+    report = only(reports(f"{path}.evaluations.jsonl"))
+    assert settings.items() <= report.items() and report["lengths"][0] <= 60
+    assert settings.items() <= script.load_agent(path)[1].items()
+    assert "note:" not in output
+
+
+def test_a_typed_flag_overrides_a_models_setting_and_one_line_says_so(emulators, capsys):
+    model = save_model(env_id="ALE/Breakout-v5", sticky_actions=0.25, max_frames=400)
+    report = evaluate(model, "--sticky-actions=0.125")
+    output = capsys.readouterr().out
+    note = only(line for line in output.splitlines() if "note:" in line)
+    assert "sticky_actions=0.25" in note and "env_id" not in note and "max_frames" not in note
+    assert emulators == [("breakout", 0.125)] and report["sticky_actions"] == 0.125
+    assert "ALE/Breakout-v5, sticky actions 0.125, seed 1" in output
+
+
+@pytest.mark.parametrize(("trained", "typed"), [(0.25, 0.0), (0.0, 0.25)])
+def test_another_env_id_brings_its_own_stickiness(emulators, capsys, trained, typed):
+    ids = {0.0: "BreakoutNoFrameskip-v4", 0.25: "ALE/Breakout-v5"}
+    model = save_model(env_id=ids[trained], sticky_actions=trained, max_frames=400)
+    report = evaluate(model, f"--env-id={ids[typed]}")
+    assert emulators == [("breakout", typed)]
+    assert (report["env_id"], report["sticky_actions"]) == (ids[typed], typed)
+    assert f"note: the model was trained with env_id={ids[trained]}" in capsys.readouterr().out
+
+
+# --------------------------------------------------------------------------------------- the agent
+
+
+def actions_of(monkeypatch, *args):
+    """All actions in an evaluation."""
+    taken = []
+    spy(monkeypatch, script.Games, "step", lambda games, actions: taken.extend(actions.tolist()))
+    evaluate(*args)
+    return np.bincount(taken, minlength=4) / len(taken)
+
+
+def test_a_greedy_agent_takes_the_most_probable_action(monkeypatch):
+    model = save_model(bias=[0.0, 0.0, 0.1, 0.0])
+    assert actions_of(monkeypatch, model, "--greedy")[2] == 1
+
+
+def test_sampled_actions_follow_the_policy(monkeypatch):
+    policy = [0.1, 0.2, 0.3, 0.4]
+    model = save_model(bias=np.log(policy).tolist())
+    shares = actions_of(monkeypatch, model, "--evaluate=3", "--max-frames=800")
+    np.testing.assert_allclose(shares, policy, atol=0.06)
+
+
+@pytest.mark.parametrize(
+    ("saved", "typed", "impatient"),
+    [
+        ({}, [], False),  # a bare state_dict
+        ({"patience": 1.0}, [], True),
+        ({"patience": 500.0}, [], False),
+        ({"patience": 1.0}, ["--patience=0"], False),
+        ({}, ["--patience=1"], True),
+    ],
+)
+def test_an_agent_that_waits_too_long_plays_more_at_random(monkeypatch, saved, typed, impatient):
+    """It prefers NOOP, 400 to 1, and so never scores."""
+    model = save_model(bias=[6.0, 0.0, 0.0, 0.0], **saved)
+    others = 1 - actions_of(monkeypatch, model, *typed)[0]
+    assert others > 0.2 if impatient else others < 0.1
+
+
+# -------------------------------------------------------------------------------------- recordings
+
+
+def read_pictures(path):
+    """All pictures of a recording, BGR, and for how many seconds they play."""
+    if str(path).endswith(".gif"):
+        _, animation = cv2.imreadanimation(path)
+        return [x[..., :3] for x in animation.frames], sum(animation.durations) / 1000
+    video, pictures = cv2.VideoCapture(path), []
+    while (read := video.read())[0]:
+        pictures.append(read[1])
+    return pictures, len(pictures) / video.get(cv2.CAP_PROP_FPS)
+
+
+def watched(seconds=math.inf, **settings):
+    """What `watch` shows of mine.mdl for so many seconds, or until the first game is over."""
+    agent, pictures, scores = script.load_agent("mine.mdl")[0], [], []
+    for parts in script.watch(agent, script.Config(**settings), 1, scores):
+        if scores or len(pictures) >= 60 * seconds:
+            return pictures
+        pictures.append(np.hstack(parts))
+
+
+def assert_shows(recorded, expected, tolerance):
+    """Each picture is the expected one, and not that of a moment before or after."""
+    assert len(recorded) == len(expected)
+    for i, picture in enumerate(recorded):
+        near = expected[max(0, i - 2) : i + 3]
+        errors = [cv2.absdiff(picture, other).mean() for other in near]
+        nearest = near[int(np.argmin(errors))]
+        assert min(errors) < tolerance and np.array_equal(nearest, expected[i]), f"picture {i}"
 
 
 def assert_wall(picture, tolerance):
-    """Red at the top, blue at the bottom, as the emulator has it."""
+    """Six rows of bricks, from red to blue."""
     wall = [(200, 72, 72), (198, 108, 58), (180, 122, 48)]
     wall += [(162, 162, 42), (72, 160, 72), (66, 72, 200)]
-    np.testing.assert_allclose(colours(picture), wall, atol=tolerance)
+    scale = len(picture) // 210
+    seen = [picture[(60 + 6 * row) * scale, 80 * scale, ::-1].astype(int) for row in range(6)]
+    np.testing.assert_allclose(seen, wall, atol=tolerance)
 
 
-def test_a_gif_has_the_right_frames_times_colours_and_size(model, capsys):
-    assert script.main(["--record=a.gif", "--seconds=20", f"--model-filename={model}"]) == 0
-    assert "a.gif: 20.0 seconds" in capsys.readouterr().out
-    ok, animation = cv2.imreadanimation("a.gif")
-    assert ok and len(animation.frames) == 300 and sum(animation.durations) == 20_000
-    assert set(animation.durations) <= {60, 70}
-    first = animation.frames[0][..., :3]
-    assert first.shape == (420, 600, 3)
-    assert_wall(first, tolerance=4)
-    assert os.path.getsize("a.gif") < 3_000_000
-    assert os.listdir() == ["a.gif"], "nothing else is left"
+def test_a_gif_shows_fifteen_pictures_a_second_of_what_was_played(capsys):
+    assert script.main(["--record=a.gif", "--seconds=2", save_model()]) == 0
+    pictures, seconds = read_pictures("a.gif")
+    assert seconds == 2 and pictures[0].shape == (420, 600, 3)
+    small = {"dsize": None, "fx": 2 / 3, "fy": 2 / 3, "interpolation": cv2.INTER_AREA}
+    expected = [cv2.resize(picture, **small) for picture in watched(2)[::4]]
+    assert_shows(pictures, expected, tolerance=2)
+    assert_wall(pictures[0], tolerance=4)
+    megabytes = os.path.getsize("a.gif") / 1e6
+    assert megabytes < 0.4 and f"a.gif: {megabytes:.2f} MB" in capsys.readouterr().out
 
 
-def pictures_of(video):
-    """Its frames, (n, height, width, 3) uint8, BGR."""
-    reader, pictures = cv2.VideoCapture(video), []
-    while (read := reader.read())[0]:
-        pictures.append(read[1])
-    return np.array(pictures)
-
-
-def test_an_mp4_has_sixty_frames_a_second_and_the_right_colours(model):
-    args = ["--record=a.mp4", "--seconds=2", f"--model-filename={model}", "--panel=no"]
-    assert script.main(args) == 0
-    assert cv2.VideoCapture("a.mp4").get(cv2.CAP_PROP_FPS) == pytest.approx(60)
-    pictures = pictures_of("a.mp4")
-    assert len(pictures) == 120
-    assert pictures[0].shape == (630, 480, 3), "without the panel"
+def test_an_mp4_shows_sixty_pictures_a_second_of_what_was_played():
+    assert script.main(["--record=a.mp4", "--seconds=1", save_model()]) == 0
+    pictures, seconds = read_pictures("a.mp4")
+    assert seconds == pytest.approx(1) and pictures[0].shape == (630, 900, 3)
+    assert_shows(pictures, watched(1), tolerance=4)
     assert_wall(pictures[0], tolerance=12)
-    moved = sum((a != b).any() for a, b in itertools.pairwise(pictures))
-    assert moved > 60, "every emulator frame, not each fourth"
 
 
-def test_whole_games_are_recorded_until_there_are_enough(capsys):
-    args = ["--record=a.gif", "--episodes=2", "--model-filename=random", "--max-frames=200"]
-    assert script.main(args) == 0
-    _, animation = cv2.imreadanimation("a.gif")
-    assert 100 <= len(animation.frames) <= 120, "two games of 200 frames and their starts"
+def test_every_frame_of_the_emulator_is_shown_three_times_as_large():
+    save_model()
+    pictures = [picture[:, :480] for picture in watched(1)]
+    assert_wall(pictures[0], tolerance=0)
+    for picture in pictures:
+        assert np.array_equal(picture, picture[::3, ::3].repeat(3, 0).repeat(3, 1))
+    assert sum((a != b).any() for a, b in itertools.pairwise(pictures)) > 40, "not each fourth only"
 
 
-def test_a_recording_may_begin_later_in_the_game(capsys):
-    play = ["--model-filename=random", "--panel=no"]
-    assert script.main(["--record=whole.mp4", "--seconds=3", *play]) == 0
-    assert script.main(["--record=late.mp4", "--seconds=1", "--skip=1.5", *play]) == 0
-    # One pixel of the nine that each of the Atari's becomes.
-    names = ("whole.mp4", "late.mp4")
-    whole, late = (pictures_of(name)[:, 1::3, 1::3].astype(int) for name in names)
-    assert len(late) == 60
-    apart = [np.abs(late - whole[i : i + 60]).mean() for i in range(121)]
-    assert np.argmin(apart) == 90, "the same game, from its ninetieth frame on"
+def test_a_recording_ends_with_the_game():
+    assert script.main(["--record=a.mp4", "--max-frames=80", save_model()]) == 0
+    pictures, _ = read_pictures("a.mp4")
+    assert_shows(pictures, watched(max_frames=80), tolerance=4)
+    assert len(pictures) >= 80
 
 
-def test_a_game_that_ends_before_the_recording_begins_is_one_line(capsys):
-    args = ["--record=a.gif", "--skip=60", "--model-filename=random", "--max-frames=120"]
-    assert script.main(args) == 2
-    assert "--skip=60: it was over after 2 seconds" in capsys.readouterr().err
-    assert not os.listdir()
+def test_a_recording_of_some_seconds_goes_on_into_the_next_game():
+    args = ["--record=a.gif", "--seconds=1.6", "--max-frames=40"]
+    assert script.main([*args, RANDOM]) == 0
+    assert read_pictures("a.gif")[1] == 1.6
 
 
-def test_a_gif_that_would_grow_too_large_ends_and_says_so(monkeypatch, capsys):
-    monkeypatch.setattr(script.Recorder, "GIF_SECONDS", 2)
-    assert script.main(["--record=a.gif", "--seconds=9", "--model-filename=random"]) == 0
-    assert "A GIF ends after 2 seconds" in capsys.readouterr().out
-    assert sum(cv2.imreadanimation("a.gif")[1].durations) == 2000
+def test_a_gif_of_a_long_game_ends_after_forty_seconds(monkeypatch):
+    assert script.Recorder.GIF_SECONDS == 40
+    monkeypatch.setattr(script.Recorder, "GIF_SECONDS", 1)
+    assert script.main(["--record=a.gif", RANDOM]) == 0
+    assert read_pictures("a.gif")[1] == 1
 
 
-def test_a_recording_that_is_broken_off_is_kept(monkeypatch):
+@pytest.mark.parametrize("path", ["a.gif", "a.mp4"])
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_an_interrupted_recording_is_kept(monkeypatch, path, name):
     add = script.Recorder.add
 
-    def interrupt(self, picture):
+    def add_and_interrupt(recorder, picture):
+        add(recorder, picture)
+        if recorder.count == 24:
+            os.kill(os.getpid(), getattr(signal, name))
+
+    monkeypatch.setattr(script.Recorder, "add", add_and_interrupt)
+    assert script.main([f"--record={path}", RANDOM]) in (0, 130)
+    assert read_pictures(path)[1] == pytest.approx(0.4)
+    assert os.listdir() == [path], "and no draft"
+
+
+TELL_PICTURES = """if True:
+    add = script.Recorder.add
+    def add_and_tell(self, picture):
         add(self, picture)
-        if self.count == 60:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(script.Recorder, "add", interrupt)
-    assert script.main(["--record=a.gif", "--seconds=9", "--model-filename=random"]) == 130
-    assert sum(cv2.imreadanimation("a.gif")[1].durations) == 1000
+        print("picture", self.count, flush=True)
+    script.Recorder.add = add_and_tell"""
 
 
-def test_the_panel_shows_what_the_agent_sees_and_thinks():
-    agent, _ = script.load_player(script.Config(model_filename="random"), BREAKOUT)
-    games = script.WrappedGames(BREAKOUT, 1, keep_rgb=True)
-    view = script.View(games.action_names, 3, True)
-    for moment, _ in zip(script.run_episodes(agent, games, script.Config(), 1), range(20)):
-        shots = games.env.render()[0]
-        view.observe(moment, 7.0, 210)
-    picture = view.picture(shots[-1])
-    assert picture.shape == (630, 900, 3)
-    np.testing.assert_array_equal(picture[::3, :480:3, ::-1], shots[-1])
-    newest = picture[135:219, 480 + 312 : 480 + 396, 0]
-    np.testing.assert_array_equal(newest, moment.frames[0, 3])
-    bars = (picture[:, 480:] == script.ACCENT).all(-1).sum(1)
-    taken = 270 + 27 * int(moment.actions[0]) + 13
-    assert bars[taken] == round(58 * 0.25 * 3), "a quarter of the bar is lit, at the action taken"
-    view.panel = False
-    assert view.picture(shots[-1]).shape == (630, 480, 3)
+@pytest.mark.parametrize(
+    ("path", "name", "pictures"), [("a.gif", "SIGHUP", 60), ("a.mp4", "SIGTERM", 60),
+                                   ("a.mp4", "SIGKILL", 330)]
+)  # fmt: skip
+def test_the_recording_of_a_process_that_is_ended_can_be_played(path, name, pictures):
+    process = start(f"--record={path}", "--seconds=99", RANDOM, cwd=".", before=TELL_PICTURES)
+    wait_for(f"picture {pictures}", process)
+    process.send_signal(getattr(signal, name))
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode in ((-9,) if name == "SIGKILL" else (0, 130)), output
+    assert "Traceback" not in output
+    kept, seconds = read_pictures(path)
+    assert pictures / 60 - 2 <= seconds < 90, "all, or but for the last two seconds"
+    assert_wall(kept[0], tolerance=12)
+    assert os.listdir() == [path], "and no draft"
 
 
-def test_a_game_with_eighteen_actions_fits_the_panel():
-    config = script.Config(env_id="ALE/Seaquest-v5", model_filename="random")
-    game = script.find_game(config)
-    agent, _ = script.load_player(config, game)
-    games = script.WrappedGames(game, 1, keep_rgb=True)
-    view = script.View(games.action_names, 2, True)
-    moment = next(script.run_episodes(agent, games, config, 1))
-    view.observe(moment, 0.0, 210)
-    assert len(games.action_names) == 18 and view.canvas.shape == (420, 280, 3)
+@pytest.mark.parametrize("path", ["folder.gif", "folder.mp4", "missing/a.gif", "readonly/a.mp4"])
+def test_a_recording_that_cannot_be_written_is_refused_before_it_is_played(
+    monkeypatch, mount, capsys, path
+):
+    if path.startswith("folder"):
+        Path(path).mkdir()
+    if path.startswith("readonly"):
+        mount("readonly", "ro")
+    monkeypatch.setattr(script, "watch", lambda *_: pytest.fail("it plays"))
+    assert script.main([f"--record={path}", RANDOM]) in (1, 2)
+    errors = capsys.readouterr().err
+    assert path in errors and errors.count("\n") == 1
 
 
-@pytest.mark.parametrize("env", [{}, {"DISPLAY": ":4711"}])
-def test_without_a_display_one_game_is_recorded_instead(env):
-    clean = {k: v for k, v in os.environ.items() if k not in ("DISPLAY", "WAYLAND_DISPLAY")}
-    command = [sys.executable, script.__file__, "--run", "--model-filename=random"]
-    done = subprocess.run(
-        [*command, "--max-frames=60"], env=clean | env, capture_output=True, text=True, timeout=120
-    )
-    (name,) = os.listdir()
-    assert done.returncode == 0 and done.stderr == "", done.stderr
-    assert f"There is no display to open a window on: recording one game to {name}" in done.stdout
-    assert cv2.VideoCapture(name).get(cv2.CAP_PROP_FRAME_COUNT) >= 60
+@pytest.mark.parametrize("path", ["a.gif", "a.mp4"])
+@pytest.mark.parametrize("room", [4096, 20480])
+def test_a_full_disk_gets_one_line(mount, capsys, path, room):
+    mount("small", f"size={room}")
+    Path("small/other").write_bytes(bytes(4096))
+    assert script.main([f"--record=small/{path}", "--seconds=1.5", RANDOM]) == 1
+    errors = capsys.readouterr().err
+    assert "No space left on device" in errors and errors.count("\n") == 1
 
 
-def test_evaluation_into_a_pipe_shows_progress_in_plain_lines(tmp_path):
-    args = ("--evaluate=3", "--model-filename=random", "--max-frames=400")
-    done = run_script(*args, cwd=tmp_path)
-    assert done.returncode == 0 and done.stderr == ""
-    assert "1 game, " in done.stdout and " left; mean " in done.stdout
+# --------------------------------------------------------------------------------------- the panel
 
 
-def test_one_game_alone_has_no_interval_and_the_report_is_json_for_everybody(capsys):
-    assert script.main(["--evaluate=1", "--model-filename=random", "--max-frames=400"]) == 0
-    assert "+-" not in capsys.readouterr().out
-    report = json.loads(Path("models/random_breakout.evaluation.json").read_text())
-    assert report["interval_95"] is None
+def texts_of(monkeypatch):
+    """Every text that is drawn, with the position of its left end."""
+    drawn = []
+    spy(monkeypatch, script, "draw_text", lambda _, *args, **named: drawn.append(args[:3]))
+    return drawn
 
 
-def test_a_game_without_fire_is_recorded_through_its_lost_lives(monkeypatch):
-    lives = []
-    observe = script.View.observe
-    monkeypatch.setattr(
-        script.View, "observe",
-        lambda view, moment, *rest: (
-            lives.append(moment.result.lives[0]), observe(view, moment, *rest)
-        ),
-    )  # fmt: skip
-    args = ["--record=a.gif", "--seconds=14", "--model-filename=random", "--panel=no"]
-    assert script.main([*args, "--env-id=MsPacmanNoFrameskip-v4"]) == 0
-    assert min(lives) < max(lives)
-    assert sum(cv2.imreadanimation("a.gif")[1].durations) == pytest.approx(14_000, abs=100)
+@pytest.fixture(scope="module")
+def asterix():
+    """Two games of Asterix, which has no FIRE: what the emulator says, and the panel's numbers."""
+    steps, numbers = [], {label: [] for label in ("score", "lives", "game", "mean")}
+    step = gym.vector.SyncVectorEnv.step
+
+    def step_and_note(env, actions):
+        result = step(env, actions)
+        over = result[2][0] or result[3][0]
+        steps.append((result[1][0], result[4]["lives"][0], over))
+        return result
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gym.vector.SyncVectorEnv, "step", step_and_note)
+        drawn, scores = texts_of(patch), []
+        torch.manual_seed(1)
+        config = script.Config(env_id="AsterixNoFrameskip-v4", max_frames=640)
+        for _ in script.watch(script.Agent(9), config, 1, scores):
+            if len(scores) == 2:
+                break
+    for (label, *_), (value, *_) in itertools.pairwise(drawn):
+        if label in numbers:
+            numbers[label].append(value)
+    return steps, numbers
+
+
+def test_the_panel_shows_the_true_score_lives_game_and_mean(asterix):
+    steps, numbers = asterix
+    score, finished, ended = 0.0, [], False
+    for i, (reward, lives, over) in enumerate(steps):
+        score = reward if ended else score + reward
+        mean = f"{np.mean(finished):.1f}" if finished else "-"
+        expected = [f"{score:.0f}", str(lives), str(len(finished) + 1), mean]
+        assert [values[i] for values in numbers.values()] == expected
+        finished, ended = finished + [score] * bool(over), over
+    assert len(finished) >= 2 and max(finished) >= 50
+
+
+def test_a_game_without_fire_goes_on_after_a_lost_life(asterix):
+    lives = [lives for _, lives, _ in asterix[0]]
+    lost = next(i for i in range(len(lives)) if lives[i] < lives[0])
+    assert len(lives) > lost + 20 and not any(over for _, _, over in asterix[0][: lost + 20])
+
+
+def test_the_panel_shows_the_frames_and_the_decision_of_the_agent(monkeypatch):
+    save_model()
+    agent, seen, shown, taken = script.load_agent("mine.mdl")[0], [], [], []
+    spy(monkeypatch, script.Agent, "act", lambda _, frames, *rest: seen.append(frames.clone()))
+    spy(monkeypatch, script, "draw_policy", lambda _, *args: shown.append(args))
+    spy(monkeypatch, script.Games, "step", lambda _, actions: taken.append(int(actions[0])))
+    pictures = script.watch(agent, script.Config(), 1, [])
+    while len(seen) < 20:
+        _, panel = next(pictures)
+    for i, frame in enumerate(seen[-1][0].numpy()):
+        np.testing.assert_array_equal(panel[135:219, 24 + 96 * i : 108 + 96 * i, 0], frame)
+    for frames, (names, probabilities, action), true_action in zip(seen, shown, taken):
+        assert names == ["NOOP", "FIRE", "RIGHT", "LEFT"] and action == true_action
+        expected = agent(frames)[0].softmax(-1)[0].tolist()
+        np.testing.assert_allclose(probabilities, expected, atol=1e-5)
+    assert len(set(taken)) > 1 and (seen[-1][0, 0] != seen[-1][0, 3]).any()
+
+
+def test_the_bar_of_the_action_taken_is_orange_and_as_long_as_its_probability():
+    def orange(probabilities, action):
+        panel = np.zeros((630, 420, 3), np.uint8)
+        script.draw_policy(panel, ["NOOP", "FIRE", "RIGHT", "LEFT"], probabilities, action)
+        rows = (panel == script.ORANGE).all(-1).sum(1)
+        top = np.flatnonzero(rows)[0]  # above the text
+        return int(top), int(rows[top])
+
+    top, whole = orange([0.0, 0.0, 1.0, 0.0], 2)
+    assert whole > 100
+    assert orange([0.5, 0.1, 0.25, 0.15], 2) == (top, pytest.approx(whole / 4, abs=1))
+    assert orange([0.0, 1.0, 0.0, 0.0], 1)[0] < top < orange([0.0, 0.0, 0.0, 1.0], 3)[0]
+
+
+def test_the_curve_of_the_value_rises_with_it(monkeypatch):
+    drawn, heights = texts_of(monkeypatch), []
+    for newest in (0.5, 0.75):
+        panel = np.zeros((630, 420, 3), np.uint8)
+        script.draw_values(panel, script.deque([0.1] * 100 + [newest] * 50, maxlen=150))
+        orange = (panel == script.ORANGE).all(-1)
+        heights.append([np.flatnonzero(orange[:, x]).mean() for x in (100, 380)])
+    assert heights[0][0] == heights[1][0] > heights[0][1] > heights[1][1]
+    assert "0.50" in drawn[0][0] and "0.75" in drawn[-1][0]
+
+
+@pytest.mark.parametrize(("env_id", "rows"), [("Adventure", 250), ("Carnival", 214)])
+def test_a_game_of_another_height_or_of_eighteen_actions_fits(monkeypatch, env_id, rows):
+    drawn, env_id = texts_of(monkeypatch), f"{env_id}NoFrameskip-v4"
+    for path, shape in (("a.gif", (2 * rows, 600, 3)), ("a.mp4", (3 * rows, 900, 3))):
+        args = [f"--record={path}", "--seconds=0.1", f"--env-id={env_id}"]
+        assert script.main([*args, RANDOM]) == 0
+        assert read_pictures(path)[0][0].shape == shape
+    height = {text.split(":")[0]: y for text, _, y in drawn}
+    heights = [height[text] for text in ("policy", *script.action_names(env_id), "value")]
+    assert all(below - above >= 8 for above, below in itertools.pairwise(heights)), heights

@@ -1,30 +1,52 @@
-"""torchrun: several processes train one agent, and it is the one that a single process trains."""
+"""torchrun: several processes train one agent."""
 
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
-import time
+from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SCRIPT, STARTED, curves, only, run_script, wait_for
+from conftest import ROOT, SCRIPT, STARTED, TINY, only, points, wait_until
+from test_saving import given_rollout, load
 
-# Whole batches are minibatches: then the same steps are in each, whoever plays the games. 32-bit
-# numbers and small steps, so that rounding is small and draws no other action; games are seeded
-# anew all the time.
-KNOBS = (
-    "--num-envs=4", "--num-steps=32", "--num-minibatches=1", "--update-epochs=2",
-    "--precision=float32", "--learning-rate=2.5e-4", "--replay-steps=40", "--checkpoint-minutes=0",
-)  # fmt: skip
-UPDATES = 8
-RUN = (*KNOBS, f"--total-timesteps={UPDATES * 128}")
+import ai_breakout_game as script
+
+FLAGS = (*TINY, "--num-envs=2")  # 16 steps in an update
+
+# Each process prints, when it is done: the sum of its weights, and its threads.
+WRAPPER = f"""
+import hashlib, os, pathlib, sys
+sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
+import ai_breakout_game as script
+
+learn = script.learn
+def learn_and_keep(state, *args):
+    global agent
+    agent = state.agent
+    return learn(state, *args)
+script.learn = learn_and_keep
+{{before}}
+code = script.main()
+data = b"".join(x.detach().numpy().tobytes() for x in agent.parameters())
+threads = [x.read_text().strip() for x in pathlib.Path("/proc/self/task").glob("*/comm")]
+os.write(1, f"weights {{{{hashlib.sha256(data).hexdigest()}}}} threads {{{{threads}}}}\\n".encode())
+sys.exit(code)
+"""
 
 
-def torchrun(processes, *args, cwd, script=SCRIPT):
-    """The program in several processes, started as the README says; output as `start` has it."""
-    command = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}", str(script), *args]
+def torchrun(*args, cwd, before=None, processes=2):
+    """The program in several processes, with all output in one pipe; `before` is Python that runs
+    in each first, `script` imported, and then each prints a line at its end.
+    """
+    path = SCRIPT
+    if before is not None:
+        path = Path(cwd, "wrapper.py")
+        path.write_text(WRAPPER.format(before=before))
+    command = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}", str(path), *args]
     process = subprocess.Popen(
         [sys.executable, *command], cwd=cwd, env={**os.environ, "PYTHONUNBUFFERED": "1"},
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
@@ -33,127 +55,139 @@ def torchrun(processes, *args, cwd, script=SCRIPT):
     return process
 
 
+def run_of(folder):
+    return only((Path(folder) / "runs").iterdir())
+
+
 def checkpoint_of(folder):
-    return torch.load(only((folder / "runs").iterdir()) / "checkpoint.pt", weights_only=True)
+    return load(run_of(folder) / "checkpoint.pt")
 
 
-def assert_same_run(folder, reference):
-    """The same games, the same curves and, to rounding, the same weights."""
-    one, other = checkpoint_of(folder), checkpoint_of(reference)
-    assert one["update"] == other["update"] == UPDATES
-    assert one["scores"] == other["scores"] and one["games"] == other["games"] > 3
-    got, wanted = one["replay"], other["replay"]
-    assert torch.equal(got["seeds"], wanted["seeds"]) and torch.equal(got["ages"], wanted["ages"])
-    for game, age in enumerate(wanted["ages"]):  # what was before a game's seed is no part of it
-        a, b = (x["actions"][len(x["actions"]) - age :, game] for x in (got, wanted))
-        assert torch.equal(a, b) and len(a) == age
-    for name, weight in one["weights"].items():
-        torch.testing.assert_close(weight, other["weights"][name], rtol=1e-4, atol=1e-5)
-    got, wanted = (curves(only((x / "runs").iterdir())) for x in (folder, reference))
-    for tag in set(wanted.Tags()["scalars"]) - {"charts/SPS"}:
-        a, b = ([(e.step, e.value) for e in x.Scalars(tag)] for x in (got, wanted))
-        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4, err_msg=tag)
+def given_share(state, games, rollout):
+    """`given_rollout` for two games, of which each process gets its own."""
+    size = rollout["actions"].shape[1]
+    rank = 0 if size == 2 else script.rank()
+    both = {name: x.repeat(1, 2 // size, *[1] * (x.ndim - 2)) for name, x in rollout.items()}
+    finished = given_rollout(state, games, both)
+    for name, x in rollout.items():
+        x.copy_(both[name][:, rank : rank + size])
+    return finished
+
+
+GIVEN = (*FLAGS, "--update-epochs=2", "--total-timesteps=32", "--precision=float32")
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory):
-    """The run in one process, without torchrun."""
-    folder = tmp_path_factory.mktemp("alone")
-    done = run_script(*RUN, cwd=folder)
-    assert done.returncode == 0, done.stderr
-    return folder
-
-
-def test_two_processes_come_to_what_one_comes_to(tmp_path, alone):
-    process = torchrun(2, *RUN, cwd=tmp_path)
+def two(tmp_path_factory):
+    """A run of two processes from given rollouts: its folder and what it printed."""
+    folder = tmp_path_factory.mktemp("two")
+    patch = "import test_processes; script.collect_rollout = test_processes.given_share"
+    process = torchrun(*GIVEN, cwd=folder, before=patch)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 0, output
-    assert output.count("steps/s") == output.count("4 games, on cpu x 2") == 1, "one of them speaks"
-    assert_same_run(tmp_path, alone)
+    return folder, output
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_no_thread_of_the_group_outlives_it(tmp_path):
+def test_two_processes_have_the_same_weights_at_the_end(two):
+    one, other = re.findall(r"weights (\w+)", two[1])
+    assert one == other
+
+
+def test_two_processes_learn_from_their_games_what_one_learns_from_all(two, tmp_path, monkeypatch):
+    """Up to rounding, where the whole batch is one minibatch: so the gradient is that of all."""
+    monkeypatch.setattr(script, "collect_rollout", given_share)
+    monkeypatch.chdir(tmp_path)
+    assert script.main([*GIVEN]) == 0
+    one, both = checkpoint_of("."), checkpoint_of(two[0])
+    for name, weight in one["weights"].items():
+        torch.testing.assert_close(both["weights"][name], weight, rtol=1e-3, atol=1e-5)
+    for tag in ("loss", "value_loss", "entropy", "grad_norm", "explained_variance"):
+        values = [points(run_of(folder), f"losses/{tag}")[1] for folder in (".", two[0])]
+        assert values[1] == pytest.approx(values[0], rel=1e-3, abs=1e-5), tag
+
+
+def test_one_of_two_processes_speaks_and_saves(two):
+    folder, output = two
+    assert output.count("Trained 32 steps") == output.count("curves in") == 1
+    assert output.count("32 of 32 steps") == 1
+    assert points(run_of(folder), "losses/loss")[0] == [16, 32]
+    assert os.listdir(folder / "models") == ["ai_breakout_game32.mdl"]
+
+
+def test_no_thread_of_the_group_outlives_it(two):
     """One that is there while Python ends may abort the process: exit code -6, now and then."""
-    wrapper = tmp_path / "wrapper.py"
-    wrapper.write_text(
-        "import pathlib, runpy, sys\n"
-        "try:\n"
-        f"    runpy.run_path({str(SCRIPT)!r}, run_name='__main__')\n"
-        "finally:\n"
-        "    threads = pathlib.Path('/proc/self/task').glob('*/comm')\n"
-        "    sys.stderr.write('at the end: ' + ' '.join(x.read_text().strip() for x in threads))\n"
-    )
-    process = torchrun(2, *KNOBS, "--total-timesteps=128", cwd=tmp_path, script=wrapper)
+    assert two[1].count("threads [") == 2 and "gloo" not in two[1]
+
+
+def test_one_process_resumes_what_two_have_trained(two, tmp_path, monkeypatch):
+    shutil.copytree(two[0], tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    assert script.main(["--resume=latest", "--total-timesteps=48"]) == 0
+    assert points(run_of("."), "losses/loss")[0] == [16, 32, 48]
+
+
+def test_ctrl_c_stops_all_processes_and_saves(tmp_path):
+    process = torchrun(*FLAGS, cwd=tmp_path, before="")
+    wait_until(lambda: list(tmp_path.glob("runs/*/events*")), process)
+    process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=60)
-    assert process.returncode == 0 and output.count("at the end: ") == 2, output
-    assert "gloo" not in output
+    assert output.count("Stopped after") == output.count("Stopping") == 1
+    one, other = re.findall(r"weights (\w+)", output)
+    assert one == other
+    assert (run_of(tmp_path) / "last.mdl").exists() and checkpoint_of(tmp_path)["update"] > 0
 
 
-def children(process):
-    """Process ids of what torchrun started, the first rank first."""
-    path = f"/proc/{process.pid}/task/{process.pid}/children"
-    with open(path) as file:
-        return [int(pid) for pid in file.read().split()]
+def test_games_that_cannot_be_divided_are_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
+    monkeypatch.chdir(tmp_path)
+    assert script.main([*TINY, "--num-envs=3"]) == 2
+    errors = capsys.readouterr().err
+    assert errors.count("\n") == 1 and "3 games x 8 steps cannot be divided" in errors
+    assert not any(tmp_path.iterdir())
+
+
+def test_variables_of_other_launchers_change_nothing(tmp_path, monkeypatch):
+    """Slurm and MPI set some of torchrun's variables too, with nobody there to join."""
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.setenv(name, "2")
+    monkeypatch.chdir(tmp_path)
+    assert script.main([*TINY, "--total-timesteps=8"]) == 0
+    assert Path("models/ai_breakout_game8.mdl").is_file()
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("victim", [0, 1])
-def test_when_a_process_dies_all_end_and_one_alone_goes_on_exactly(tmp_path, alone, victim):
-    process = torchrun(2, *RUN, cwd=tmp_path)
-    wait_for("steps,", process)  # the first update is over, and its checkpoint written
-    pids = children(process)
-    assert len(pids) == 2
-    time.sleep(0.2)
-    os.kill(pids[victim], signal.SIGKILL)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 1
-    assert "one of the processes cannot go on, so all end" in output
-    assert checkpoint_of(tmp_path)["update"] < UPDATES, "the test was too slow to kill it"
-    done = run_script("--resume=latest", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert_same_run(tmp_path, alone)
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_when_a_process_dies_all_end_within_a_minute(tmp_path, victim):
+    process = torchrun(*FLAGS, cwd=tmp_path)
+    wait_until(lambda: list(tmp_path.glob("runs/*/events*")), process)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    assert len(children) == 2
+    os.kill(int(children[victim]), signal.SIGKILL)
+    process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert not any(Path(f"/proc/{child}").exists() for child in children)
+    assert checkpoint_of(tmp_path)["update"] == 0, "the last one that was saved"
 
 
 @pytest.mark.slow
-def test_ctrl_c_stops_all_and_more_processes_may_go_on(tmp_path):
-    process = torchrun(1, *KNOBS, "--total-timesteps=1000000", cwd=tmp_path)
-    wait_for("steps,", process)
-    process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=60)
-    assert "Stopped after" in output and "is gone" not in output
-    stopped = checkpoint_of(tmp_path)["update"]
-    process = torchrun(2, "--resume=latest", cwd=tmp_path)
-    wait_for("steps,", process)
-    process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=60)
-    assert output.count("Stopped after") == 1 and "is gone" not in output
-    assert checkpoint_of(tmp_path)["update"] > stopped
+def test_two_processes_resume_what_one_has_trained(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert script.main([*FLAGS, "--total-timesteps=32"]) == 0
+    process = torchrun("--resume=latest", "--total-timesteps=64", cwd=tmp_path, before="")
+    output, _ = process.communicate(timeout=120)
+    one, other = re.findall(r"weights (\w+)", output)
+    assert one == other and "Trained 64 steps" in output
+    assert points(run_of("."), "losses/loss")[0] == [16, 32, 48, 64]
 
 
 @pytest.mark.slow
-def test_several_processes_stop_in_the_midst_of_an_update(tmp_path):
-    """torchrun kills what has not ended after 30 seconds, and an update may take longer."""
-    process = torchrun(2, *KNOBS, "--num-steps=16384", cwd=tmp_path)
-    while not list(tmp_path.glob("runs/*/checkpoint.pt")):  # written when the first update begins
-        time.sleep(0.1)
-    time.sleep(1)
+def test_several_processes_stop_during_a_long_update(tmp_path):
+    """torchrun kills what has not ended 30 seconds after Ctrl-C, and an update may take longer."""
+    process = torchrun(*FLAGS, "--num-steps=8192", cwd=tmp_path)
+    wait_until(lambda: list(tmp_path.glob("runs/*/events*")), process)
     process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=60)
-    assert "Stopped after 0 steps" in output
-
-
-def test_games_that_cannot_be_split_are_refused_in_a_line(tmp_path):
-    process = torchrun(2, *KNOBS, "--num-envs=3", cwd=tmp_path)
-    output, _ = process.communicate(timeout=60)
-    error = next(line for line in output.splitlines() if line.startswith(SCRIPT.name))
-    assert "3 games x 32 steps cannot be split evenly over 2 processes" in error
-    assert not any(tmp_path.iterdir()) and ROOT not in tmp_path.parents
-
-
-def test_other_environment_variables_of_clusters_change_nothing(tmp_path):
-    """Slurm and MPI set some of torchrun's variables too, and nobody is there to join."""
-    variables = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}
-    done = run_script(*KNOBS, "--total-timesteps=128", cwd=tmp_path, **variables)
-    assert done.returncode == 0 and (tmp_path / "models" / "ai_breakout_game128.mdl").is_file()
+    process.communicate(timeout=100)
+    assert (run_of(tmp_path) / "checkpoint.pt").exists()

@@ -1,235 +1,486 @@
-"""A training run as a user starts it: files, curves, signals."""
+"""A training run as a user starts it: files, curves, signals, and what it survives."""
 
 import contextlib
 import fcntl
+import io
+import itertools
 import os
+import random
 import re
+import shlex
+import shutil
 import signal
-import struct
 import subprocess
 import sys
 import termios
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
-from conftest import SCRIPT, curves, only, run_script, start, wait_for
+from conftest import SCRIPT, before_rollouts, curves, only, points, run_script, start, wait_until
+from test_saving import SKIING, TINY, assert_same_weights, load
 
 import ai_breakout_game as script
 
-QUICK = ("--num-envs=2", "--num-steps=32", "--num-minibatches=2", "--update-epochs=1")
+
+def run_of(folder="."):
+    """The folder of the only run in `folder`."""
+    return only(path for path in Path(folder, "runs").iterdir() if path.is_dir())
 
 
-def test_the_lessons_command_trains_and_says_so(trained):
-    folder, done = trained
-    assert done.returncode == 0, done.stderr
-    assert "Trained 3,072 steps" in done.stdout
-    watch = '--run=1 --model-filename="ai_breakout_game3000.mdl"'
-    assert f"python3 {SCRIPT} {watch}\n" in done.stdout
-    assert (folder / "models" / "ai_breakout_game3000.mdl").is_file()
-    assert done.stderr == "", "no warning, no banner"
-    assert re.search(r"1,024 steps, [\d.,]+ a second, 0:\d\d:\d\d left", done.stdout)
+def saved_step():
+    return load(run_of() / "checkpoint.pt")["global_step"]
 
 
-def test_the_weights_carry_what_is_needed_to_use_them(trained):
-    folder, _ = trained
-    path = folder / "models" / "ai_breakout_game3000.mdl"
-    content = torch.load(path, weights_only=True)
-    assert content["game"] == "breakout" and content["env_id"] == "BreakoutNoFrameskip-v4"
-    assert content["actions"] == ["NOOP", "FIRE", "RIGHT", "LEFT"]
-    assert content["frame_stack"] == 4 and content["steps"] == 3072 and content["seed"] == 1
-    assert 0 < content["mean_return"] < 10
-    assert path.stat().st_size < 7_000_000
-    run = only((folder / "runs").iterdir())
-    assert torch.load(run / "last.mdl", weights_only=True)["steps"] == 3072
+def train(*flags, updates=2, code=0):
+    """Train here, a few updates of eight steps."""
+    assert script.main([*TINY, f"--total-timesteps={8 * updates}", *flags]) == code
 
 
-def test_the_curves_have_the_fields_usual_names_over_global_steps(trained):
-    run = only((trained[0] / "runs").iterdir())
-    assert re.fullmatch(r"BreakoutNoFrameskip-v4__1__\d{8}-\d{6}", run.name)
-    events = curves(run)
-    tags = {"charts/learning_rate", "charts/SPS"}
-    tags |= {"charts/episodic_return", "charts/episodic_length", "charts/mean_return_100"}
-    tags |= {f"losses/{name}" for name in (*script.LOSS_NAMES, "explained_variance")}
-    assert tags <= set(events.Tags()["scalars"])
-    for tag in ("losses/value_loss", "charts/learning_rate"):
-        assert [event.step for event in events.Scalars(tag)] == [1024, 2048, 3072]
-    rates = [event.value for event in events.Scalars("charts/learning_rate")]
-    assert rates == pytest.approx([1e-3, 1e-3 * 2 / 3, 1e-3 / 3])
-    entropy = events.Scalars("losses/entropy")[0].value
-    assert 1.3 < entropy < 1.39, "four actions, about equally likely at first"
+# ---- The lesson's first command ------------------------------------------------------------------
 
 
-def test_every_finished_game_is_in_the_curves(trained):
-    folder, done = trained
-    events = curves(only((folder / "runs").iterdir()))
-    games = int(re.search(r"steps, (\d+) games", done.stdout)[1])
-    scores = events.Scalars("charts/episodic_return")
-    lengths = events.Scalars("charts/episodic_length")
-    assert len(scores) == len(lengths) == games > 5
-    assert all(0 < event.step <= 3072 for event in scores)
-    mean = sum(event.value for event in scores) / games
-    assert events.Scalars("charts/mean_return_100")[-1].value == pytest.approx(mean)
-    assert f"mean score of the last {games} games {mean:.2f}" in done.stdout
-
-
-def test_the_configuration_is_in_the_curves_without_a_second_run(trained):
-    run = only((trained[0] / "runs").iterdir())
-    events = curves(run)
-    assert "config/text_summary" in events.Tags()["tensors"]
-    text = events.Tensors("config/text_summary")[0].tensor_proto.string_val[0].decode()
-    assert "|total_timesteps|3000|" in text
-    assert "_hparams_/session_start_info" in events.summary_metadata
-    assert [path.name for path in run.iterdir() if path.is_dir()] == []
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_stops_it_with_everything_saved(tmp_path, number):
-    process = start(*QUICK, cwd=tmp_path)
-    wait_for(" left; ", process)  # the first update is done
-    process.send_signal(number)
-    process.send_signal(number)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 0
-    assert output.startswith("\nStopping; saving ...\n\nStopped after ")
-    steps = int(re.search(r"Stopped after ([\d,]+) steps", output)[1].replace(",", ""))
-    path = only((tmp_path / "models").iterdir())
-    assert path.name == f"ai_breakout_game{steps}.mdl"
-    assert torch.load(path, weights_only=True)["steps"] == steps >= 64
-    run = only((tmp_path / "runs").iterdir())
-    assert (run / "last.mdl").is_file()
-    assert curves(run).Scalars("losses/value_loss")
-
-
-def test_an_error_in_the_middle_keeps_what_was_learnt(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    learn, calls = script.update, []
-
-    def break_down(*args):
-        calls.append(1)
-        if len(calls) == 3:
-            raise RuntimeError("the cable")
-        return learn(*args)
-
-    monkeypatch.setattr(script, "update", break_down)
-    config = script.Config(num_envs=2, num_steps=32, num_minibatches=2, update_epochs=1)
-    with pytest.raises(RuntimeError, match="the cable"):
-        script.train(config)
-    assert torch.load("models/ai_breakout_game128.mdl", weights_only=True)["steps"] == 128
-
-
-def test_the_best_weights_so_far_are_kept_in_the_runs_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    config = script.Config(
-        num_envs=20, num_steps=16, num_minibatches=1, update_epochs=1, max_frames=8,
-        total_timesteps=20 * 16 * 2, env_id="PongNoFrameskip-v4",
-    )  # fmt: skip
-    script.train(config)
-    best = torch.load(only(Path("runs").iterdir()) / "best.mdl", weights_only=True)
-    assert best["steps"] == 320 and best["mean_return"] == 0, "zero was best at first and stayed so"
-    assert best["game"] == "pong" and len(best["actions"]) == 6
-    assert Path("models/ai_pong_game640.mdl").is_file()
-
-
-def test_the_best_weights_are_found_again_where_a_kill_came_before_they_were_saved(
-    tmp_path, monkeypatch
-):
-    """The checkpoint is written first, and says that 0 was reached already."""
-    monkeypatch.chdir(tmp_path)
-    words = ("--env-id=ALE/Pong-v5", "--num-envs=20", "--num-steps=16", "--num-minibatches=1",
-             "--update-epochs=1", "--max-frames=8", "--total-timesteps=320")  # fmt: skip
-    assert script.main(words) == 0
-    best = only(Path("runs").iterdir()) / "best.mdl"
-    best.unlink()
-    assert script.main(["--resume=latest", "--total-timesteps=640"]) == 0
-    assert script.read_file(best, "model")["steps"] == 640
-
-
-def test_training_goes_on_from_a_model(trained, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    source = trained[0] / "models" / "ai_breakout_game3000.mdl"
-    learning_nothing = ("--learning-rate=0", "--total-timesteps=64", f"--model-filename={source}")
-    assert script.main([*QUICK, *learning_nothing]) == 0
-    before, after = (
-        torch.load(path, weights_only=True)["weights"]
-        for path in (source, Path("models/ai_breakout_game64.mdl"))
-    )
-    assert all(torch.equal(before[name], after[name]) for name in before)
-
-
-def test_two_runs_of_one_second_have_two_folders(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(time, "strftime", lambda form: "20300101-000000")
-    folders = {script.new_run("ALE/Pong-v5", 7).folder for _ in range(3)}
-    assert {folder.name for folder in folders} == {
-        "ALE-Pong-v5__7__20300101-000000",
-        "ALE-Pong-v5__7__20300101-000000-2",
-        "ALE-Pong-v5__7__20300101-000000-3",
-    }
-
-
-def test_a_save_that_fails_leaves_the_file_that_was_there(tmp_path):
-    path = tmp_path / "x.mdl"
-    script.save_file({"a": 1}, path)
-    with pytest.raises(Exception, match="pickle"):
-        script.save_file({"a": lambda: 0}, path)
-    assert torch.load(path, weights_only=True) == {"a": 1}
-    assert os.listdir(tmp_path) == ["x.mdl"]
-
-
-def test_the_slow_readable_way_of_stepping_trains_too(tmp_path):
-    done = run_script(*QUICK, "--total-timesteps=128", "--multithreading=False", cwd=tmp_path)
+def test_the_first_command_trains_without_a_warning(trained):
+    done = trained[1]
     assert done.returncode == 0 and done.stderr == ""
-    assert (tmp_path / "models" / "ai_breakout_game128.mdl").is_file()
+    assert "Trained 3,072 steps" in done.stdout
 
 
-def test_on_a_terminal_there_is_a_bar(tmp_path):
-    here, there = os.openpty()
-    fcntl.ioctl(there, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 120, 0, 0))
-    command = [sys.executable, str(SCRIPT), *QUICK, "--total-timesteps=256"]
-    with subprocess.Popen(command, cwd=tmp_path, stdout=there, stderr=there) as process:
-        os.close(there)
-        shown = b""
-        with contextlib.suppress(OSError):  # the end, on Linux
-            while more := os.read(here, 4096):
-                shown += more
-    os.close(here)
-    assert process.returncode == 0
-    lines = shown.decode().splitlines()
-    bars = [line for line in lines if "%|" in line]
-    assert "100%|" in bars[-1] and " steps/s" in bars[-1]
-    assert "mean score" in bars[-1] or "no game is over yet" in bars[-1]
-    assert not [line for line in lines if " a second, " in line], "the bar takes their place"
+def test_the_first_command_says_where_its_curves_are_and_how_well_it_plays(trained):
+    folder, done = trained
+    assert f"runs/{run_of(folder).name}" in done.stdout
+    assert re.search("tensorboard --logdir runs$", done.stdout, re.MULTILINE)
+    mean = load(run_of(folder) / "last.mdl")["mean_return"]
+    assert f"{mean:.2f} (random play 1.7, a human 31.8)" in done.stdout
+
+
+def test_the_first_command_leaves_its_weights_in_models_and_in_its_run(trained):
+    model, run = trained[0] / "models" / "ai_breakout_game3000.mdl", run_of(trained[0])
+    assert list((trained[0] / "models").iterdir()) == [model]
+    names = sorted(path.name.split(".")[0] for path in run.iterdir())
+    assert names == ["checkpoint", "events", "last"]
+    assert_same_weights(load(run / "last.mdl")["weights"], load(model)["weights"])
+
+
+def test_a_model_file_holds_what_is_needed_to_use_the_weights(trained):
+    path = trained[0] / "models" / "ai_breakout_game3000.mdl"
+    content, mean = load(path), points(run_of(trained[0]), "charts/mean_return_100")[1][-1]
+    assert len(content.pop("weights")) == 12 and path.stat().st_size < 7_000_000
+    assert content.pop("mean_return") == pytest.approx(mean)
+    settings = {"sticky_actions": 0.0, "max_frames": 108_000, "patience": 250.0}
+    assert content == {"env_id": "BreakoutNoFrameskip-v4", "steps": 3072, "seed": 1, **settings}
+
+
+@pytest.fixture(scope="module")
+def printed(tmp_path_factory):
+    """A folder with a short run, and the commands that it printed, by name."""
+    folder, output = tmp_path_factory.mktemp("printed"), io.StringIO()
+    with contextlib.chdir(folder), contextlib.redirect_stdout(output):
+        train()
+    return folder, dict(re.findall(r"^ +(resume|watch) +(.*)$", output.getvalue(), re.MULTILINE))
+
+
+def test_the_printed_command_to_resume_trains_as_many_steps_again(printed, monkeypatch, capsys):
+    folder, commands = printed
+    monkeypatch.chdir(folder)
+    python, path, *flags = shlex.split(commands["resume"])
+    assert shutil.which(python) and SCRIPT.samefile(path)
+    assert script.main(flags) == 0 and "Trained 32 steps" in capsys.readouterr().out
+
+
+def test_the_printed_command_to_watch_plays(printed, monkeypatch):
+    """Without a display, it records to a file instead."""
+    monkeypatch.delenv("DISPLAY", raising=False)
+    folder, commands = printed
+    with subprocess.Popen(f"exec {commands['watch']}", shell=True, cwd=folder) as process:
+        try:
+            wait_until(lambda: any(x.stat().st_size for x in folder.glob("*.mp4")), process)
+        finally:
+            process.kill()
+
+
+# ---- Curves --------------------------------------------------------------------------------------
+
+
+def test_the_curves_have_the_usual_names(trained):
+    tags = ["learning_rate", "SPS", "episodic_return", "episodic_length", "mean_return_100"]
+    losses = ["loss", "policy_loss", "value_loss", "entropy", "old_approx_kl", "approx_kl"]
+    losses += ["clipfrac", "grad_norm", "explained_variance"]
+    expected = [f"charts/{tag}" for tag in tags] + [f"losses/{tag}" for tag in losses]
+    assert sorted(curves(run_of(trained[0])).Tags()["scalars"]) == sorted(expected)
+
+
+def test_the_curves_have_a_point_for_each_update(trained):
+    run = run_of(trained[0])
+    for tag in ("losses/loss", "losses/entropy", "charts/learning_rate", "charts/SPS"):
+        assert points(run, tag)[0] == [1024, 2048, 3072]
+    assert points(run, "charts/learning_rate")[1] == pytest.approx([1e-3, 2e-3 / 3, 1e-3 / 3])
+    assert 1.3 < points(run, "losses/entropy")[1][0] < 1.39, "four actions, nearly equally probable"
+
+
+def test_the_settings_are_in_the_curves(trained):
+    tensors = curves(run_of(trained[0])).Tensors("config/text_summary")
+    text = tensors[0].tensor_proto.string_val[0].decode()
+    assert "total_timesteps" in text and "3000" in text and "BreakoutNoFrameskip-v4" in text
+
+
+def test_the_curves_of_a_hundred_million_steps_stay_below_200_megabytes(trained):
+    assert only(run_of(trained[0]).glob("events*")).stat().st_size / 3072 * 1e8 < 200e6
+
+
+@pytest.fixture(scope="module")
+def many_games(tmp_path_factory):
+    """The folder of a run of 120 games with scores that differ, and those games."""
+    games, collect = [], script.collect_rollout
+
+    def keep(*args):
+        finished = collect(*args)
+        games.extend(finished)
+        return finished
+
+    with contextlib.chdir(tmp_path_factory.mktemp("games")), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(script, "collect_rollout", keep)
+        train(*SKIING, "--num-envs=2", "--num-steps=18", "--total-timesteps=360")
+        return run_of().absolute(), games
+
+
+def test_every_finished_game_is_in_the_curves_once(many_games):
+    run, games = many_games
+    assert points(run, "charts/episodic_return")[1] == [game.score for game in games]
+    assert points(run, "charts/episodic_length")[1] == [game.length for game in games]
+    assert load(run / "checkpoint.pt")["num_games"] == len(games) == 120
+
+
+def test_the_mean_score_is_that_of_the_last_hundred_games(many_games):
+    run, scores = many_games[0], [game.score for game in many_games[1]]
+    assert points(run, "charts/mean_return_100")[1][-1] == pytest.approx(sum(scores[-100:]) / 100)
+    assert sum(scores[-100:]) / 100 != pytest.approx(sum(scores) / 120), "they differ"
+
+
+@pytest.mark.parametrize(
+    ("scores", "expected"), [((9, 1, 1, 1), [None, 5, 5, 5]), ((2, 2, 1, 5), [None, 2, 2, 3])]
+)
+def test_best_weights_are_kept_from_100_games_on_and_replaced_when_the_mean_rises(
+    here, monkeypatch, scores, expected
+):
+    """Update i finishes 50 games of scores[i]; expected is the mean score of best.mdl then."""
+    collect, means = script.collect_rollout, []
+
+    def look():
+        path = run_of() / "best.mdl"
+        means.append(load(path)["mean_return"] if path.exists() else None)
+
+    def finish_games(state, games, rollout):
+        look()
+        collect(state, games, rollout)
+        score = scores[state.update]
+        state.num_games += 50
+        state.scores.extend([score] * 50)
+        return [script.FinishedGame(0, score, 1)] * 50
+
+    monkeypatch.setattr(script, "CHECKPOINT_SECONDS", 0)
+    monkeypatch.setattr(script, "collect_rollout", finish_games)
+    train(updates=4)
+    look()
+    assert means[1:] == expected
+
+
+# ---- Starting from a model -----------------------------------------------------------------------
+
+SETTINGS = {"patience": 77.0, "sticky_actions": 0.5, "max_frames": 999}
+
+
+@pytest.fixture
+def model(here):
+    """A model with settings that are not the default ones, in a folder that the test works in."""
+    agent = script.make_state(script.Config(seed=8)).agent
+    content = {"weights": agent.state_dict(), "env_id": "BreakoutNoFrameskip-v4", **SETTINGS}
+    script.save_file(content, Path("model.mdl"))
+    return content
+
+
+def test_training_continues_from_the_weights_of_a_model(model):
+    train("--model-filename=model.mdl", "--learning-rate=0", updates=1)
+    assert_same_weights(load("models/ai_breakout_game8.mdl")["weights"], model["weights"])
+
+
+def test_the_settings_of_a_model_reach_the_one_that_is_trained_from_it(model):
+    train("--model-filename=model.mdl", updates=1)
+    content = load("models/ai_breakout_game8.mdl")
+    assert {name: content[name] for name in SETTINGS} == SETTINGS
+    config = load(run_of() / "checkpoint.pt")["config"]
+    assert {name: config[name] for name in SETTINGS} == SETTINGS, "so a resumed run has them too"
+
+
+def test_a_flag_wins_over_the_settings_of_a_model(model):
+    train("--model-filename=model.mdl", "--patience=3", updates=1)
+    content = load("models/ai_breakout_game8.mdl")
+    assert content["patience"] == 3 and content["sticky_actions"] == 0.5
+
+
+@pytest.mark.parametrize("native", ["yes", "no"])
+def test_one_seed_gives_the_same_weights_bit_for_bit(here, native):
+    for folder in ("one", "two"):
+        Path(folder).mkdir()
+        with contextlib.chdir(folder):
+            train("--num-envs=2", "--seed=6", f"--multithreading={native}", updates=4)
+    one, two = (load(run_of(folder) / "last.mdl")["weights"] for folder in ("one", "two"))
+    assert_same_weights(one, two)
+
+
+# ---- Signals -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("names", ["SIGINT", "SIGTERM", "SIGHUP", "SIGTERM SIGTERM"])
+def test_signals_stop_the_training_and_all_is_saved(here, monkeypatch, capfd, names):
+    def send():
+        for name in names.split():
+            signal.raise_signal(signal.Signals[name])
+
+    before_rollouts(monkeypatch, {2: send})
+    train(updates=9)
+    output, errors = capfd.readouterr()
+    assert "Stopping" in errors and "Stopped after 16 steps" in output
+    assert re.search(rf"resume .* --resume=runs/{run_of().name}$", output, re.MULTILINE)
+    assert saved_step() == 16 and points(run_of(), "losses/loss")[0] == [8, 16]
+    last = load(run_of() / "last.mdl")["weights"]
+    assert_same_weights(last, load("models/ai_breakout_game16.mdl")["weights"])
+
+
+def test_a_second_ctrl_c_ends_it_at_once_with_the_last_checkpoint(here, monkeypatch):
+    """Also while the next checkpoint is being written."""
+    save, numbers = torch.save, itertools.count(1)
+
+    def interrupt(*args):
+        save(*args)
+        if next(numbers) == 3:
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(script, "CHECKPOINT_SECONDS", 0)
+    monkeypatch.setattr(torch, "save", interrupt)
+    train(updates=9, code=130)
+    assert saved_step() == 8
+    assert not list(run_of().glob(".*.tmp")) and not list(Path("models").iterdir())
+
+
+def test_nohup_is_respected(here, monkeypatch, capsys):
+    before_rollouts(monkeypatch, {1: lambda: signal.raise_signal(signal.SIGHUP)})
+    old = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        train()
+    finally:
+        signal.signal(signal.SIGHUP, old)
+    assert "Trained 16 steps" in capsys.readouterr().out
+
+
+def test_a_terminal_that_is_closed_stops_it_with_all_saved(tmp_path):
+    """It gets SIGHUP, and from then on can print nothing."""
+    ours, theirs = os.openpty()
+
+    def take_terminal():
+        os.setsid()
+        fcntl.ioctl(theirs, termios.TIOCSCTTY, 0)
+
+    with subprocess.Popen(
+        [sys.executable, str(SCRIPT), *TINY], cwd=tmp_path, preexec_fn=take_terminal,
+        stdin=theirs, stdout=theirs, stderr=theirs,
+    ) as process:  # fmt: skip
+        try:
+            os.close(theirs)
+            wait_until(lambda: list(tmp_path.glob("runs/*/events*")), process)
+            os.close(ours)
+            assert process.wait(timeout=60) == 0
+        finally:
+            process.kill()
+    assert load(run_of(tmp_path) / "last.mdl")["steps"] > 0
+
+
+def test_a_pipe_that_breaks_does_not_end_the_training(tmp_path):
+    process = start(*TINY, "--total-timesteps=80", cwd=tmp_path)
+    wait_until(lambda: list(tmp_path.glob("runs/*/events*")), process)
+    process.stdout.close()
+    assert process.wait(timeout=60) == 0
+    assert (tmp_path / "models" / "ai_breakout_game80.mdl").is_file()
+
+
+# ---- Disk, memory and numbers --------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def mounted(option):
+    """A file system of its own at runs/."""
+    Path("runs").mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", option, "tmpfs", "runs"]
+    if os.getuid() != 0 or subprocess.run(mount, capture_output=True).returncode != 0:
+        pytest.skip("may not mount a file system here")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "-l", "runs"], check=True)
+
+
+def test_a_full_disk_ends_no_training_and_it_saves_when_there_is_room(here, monkeypatch, capsys):
+    seen, filler = [], Path("runs/filler")
+
+    def fill():
+        with open(filler, "wb", buffering=0) as file, contextlib.suppress(OSError):
+            while True:
+                file.write(bytes(4096))
+
+    def make_room():
+        seen.append(saved_step())
+        filler.unlink()
+
+    monkeypatch.setattr(script, "CHECKPOINT_SECONDS", 0)
+    before_rollouts(monkeypatch, {2: fill, 4: make_room, 5: lambda: seen.append(saved_step())})
+    with mounted("size=70m"):
+        train(updates=6)
+        output = capsys.readouterr()
+        assert "No space left on device" in output.out and output.err == ""
+        assert seen == [8, 32] and saved_step() == 48
+        assert points(run_of(), "losses/loss")[0][-2:] == [40, 48]
+        assert not list(run_of().glob(".*.tmp"))
+
+
+def test_folders_that_were_deleted_are_made_again(here, monkeypatch, capsys):
+    def delete():
+        shutil.rmtree("runs")
+        shutil.rmtree("models")
+
+    monkeypatch.setattr(script, "CHECKPOINT_SECONDS", 0)
+    before_rollouts(monkeypatch, {2: delete})
+    train(updates=4)
+    assert points(run_of(), "losses/loss")[0][-2:] == [24, 32]
+    assert Path("models/ai_breakout_game32.mdl").is_file()
+    command = re.search(r"resume +(.*)", capsys.readouterr().out)[1]
+    assert script.main(shlex.split(command)[2:]) == 0
+    assert "Trained 64 steps" in capsys.readouterr().out
+
+
+def fail_to_save(monkeypatch, error, calls):
+    """Let torch.save raise `error` when it is called for the nth time, n in `calls`, from 1."""
+    save, numbers = torch.save, itertools.count(1)
+
+    def fail(*args):
+        if next(numbers) in calls:
+            raise error
+        save(*args)
+
+    monkeypatch.setattr(torch, "save", fail)
+    monkeypatch.setattr(script, "CHECKPOINT_SECONDS", 0)
+
+
+@pytest.mark.parametrize("error", [MemoryError("full"), RuntimeError("full"), KeyError(1)])
+def test_a_checkpoint_that_cannot_be_saved_gets_a_line(here, monkeypatch, capsys, error):
+    fail_to_save(monkeypatch, error, calls=[2])
+    train()
+    output = capsys.readouterr()
+    line = only(line for line in output.out.splitlines() if "checkpoint.pt" in line)
+    assert type(error).__name__ in line and output.err == ""
+    assert "Trained 16 steps" in output.out and saved_step() == 16
+
+
+def test_a_run_whose_end_cannot_be_saved_ends_with_code_1(here, monkeypatch, capsys):
+    fail_to_save(monkeypatch, MemoryError("full"), calls=range(3, 99))
+    train(code=1)
+    output = capsys.readouterr()
+    assert output.err.count("\n") == 1 and "not everything was saved" in output.err
+    assert "watch" not in output.out and saved_step() == 8
+
+
+@pytest.mark.parametrize("name", ["runs", "models"])
+def test_a_file_in_the_place_of_a_folder_gets_one_line(here, capsys, name):
+    Path(name).write_text("mine")
+    train(code=1)
+    errors = capsys.readouterr().err
+    assert errors.count("\n") == 1 and name in errors
+    assert {str(path) for path in Path().rglob("*")} <= {"runs", "models"}, "no run was begun"
+
+
+def test_a_folder_that_cannot_be_written_gets_one_line(here, capsys):
+    with mounted("ro"):
+        train(code=1)
+        errors = capsys.readouterr().err
+        assert errors.count("\n") == 1 and "Read-only file system: 'runs/" in errors
+        assert os.listdir("runs") == []
+
+
+def infinite_reward(state, rollout):
+    rollout["rewards"][:] = torch.inf
+
+
+def infinite_gradient(state, rollout):
+    state.agent.critic.bias.register_hook(lambda gradient: gradient * torch.inf)
+
+
+@pytest.mark.parametrize("fault", [infinite_reward, infinite_gradient])
+def test_a_diverged_update_ends_it_with_the_last_good_state(here, monkeypatch, capsys, fault):
+    collect = script.collect_rollout
+
+    def faulty(state, games, rollout):
+        finished = collect(state, games, rollout)
+        if state.global_step == 24:
+            fault(state, rollout)
+        return finished
+
+    monkeypatch.setattr(script, "CHECKPOINT_SECONDS", 0)
+    monkeypatch.setattr(script, "collect_rollout", faulty)
+    train(updates=9, code=1)
+    errors = capsys.readouterr().err
+    assert errors.count("\n") == 1 and "--learning-rate" in errors
+    assert saved_step() == 16
+    weights = load(run_of() / "checkpoint.pt")["weights"]
+    assert all(x.isfinite().all() for x in weights.values())
+
+
+# ---- Slow ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_kill_9_at_thirty_moments_loses_nothing(tmp_path, monkeypatch):
+    """It saves after each update: much of the time it is inside a save."""
+    monkeypatch.chdir(tmp_path)
+    flags, rng, saved, drafts = (*TINY, "--total-timesteps=8000"), random.Random(0), 0, set()
+    for number in range(30):
+        process = start(*flags, cwd=tmp_path, before="script.CHECKPOINT_SECONDS = 0")
+        wait_until(lambda n=number: len(list(Path().glob("runs/*/events*"))) > n, process)
+        time.sleep(rng.random())
+        process.kill()
+        process.wait()
+        drafts |= set(run_of().glob(".*.tmp"))
+        script.read_file(run_of() / "checkpoint.pt")  # with its checksums
+        before, saved, flags = saved, saved_step(), ("--resume=latest",)
+        assert saved >= before
+    assert len(drafts) >= 3 and saved > 0, "some of them were inside a save"
+    done = run_script("--resume=latest", cwd=tmp_path, timeout=900)
+    assert done.returncode == 0 and "Trained 8,000 steps" in done.stdout, done.stderr
+    assert points(run_of(), "losses/loss")[0] == list(range(8, 8001, 8))
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
 def test_it_learns(tmp_path):
-    """Random play scores 1.3 here; what learns passes 4 within 400,000 steps.
-
-    When it finds the ball is luck: three runs passed 5 after 90,000 to 163,000 steps; at a quarter
-    of the learning rate, with four passes, four of ten had 2.1 to 3.6 after 200,000.
+    """Random play scores 1.3 here. When the agent learns to hit the ball is a matter of luck: it
+    passed 4 after 90,000 to 163,000 steps.
     """
-    process = start("--total-timesteps=400000", cwd=tmp_path)
+    process, line = start("--total-timesteps=400000", cwd=tmp_path), ""
     for line in process.stdout:  # twice a minute
-        found = re.search(r"mean score ([\d.]+), last 100 games", line)
-        if found and float(found[1]) > 4:
+        found = re.match(r"([\d,]+) of .* mean score ([\d.]+)", line)
+        if found and int(found[1].replace(",", "")) > 30_000 and float(found[2]) > 4:
             return
     raise AssertionError(f"it ended with: {line}")
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_training_stays_below_one_and_a_half_gigabytes(tmp_path):
-    psutil = pytest.importorskip("psutil")
-    process = start("--total-timesteps=12000", cwd=tmp_path)
-    peak = 0
+def test_training_needs_less_than_one_and_a_half_gigabytes(tmp_path):
+    process, peak = start("--total-timesteps=12000", cwd=tmp_path), 0
     while process.poll() is None:
-        try:
+        with contextlib.suppress(psutil.Error):  # it has just ended
             peak = max(peak, psutil.Process(process.pid).memory_info().rss)
-        except psutil.Error:
-            break
         time.sleep(0.2)
-    assert process.wait() == 0
-    assert 100e6 < peak < 1.5e9
+    assert process.returncode == 0 and 100e6 < peak < 1.5e9
