@@ -1365,7 +1365,7 @@ def start_training(given: dict[str, Any]) -> None:
     state = make_state(config, agent)
     name = f"{config.env_id.replace('/', '-')}__{config.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
     folder = Path("runs") / all_gather(name)[0]
-    for path in (folder, Path("models")):
+    for path in (Path("models"), folder):
         path.mkdir(parents=True, exist_ok=True)
     train(config, state, folder)
 

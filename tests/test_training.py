@@ -106,7 +106,7 @@ def test_the_printed_command_to_watch_plays(printed, monkeypatch):
 
 def test_the_curves_have_the_usual_names(trained):
     tags = ["learning_rate", "SPS", "episodic_return", "episodic_length", "mean_return_100"]
-    losses = ["loss", "policy_loss", "value_loss", "entropy", "old_approx_kl", "approx_kl"]
+    losses = ["loss", "policy_loss", "value_loss", "entropy", "approx_kl"]
     losses += ["clipfrac", "grad_norm", "explained_variance"]
     expected = [f"charts/{tag}" for tag in tags] + [f"losses/{tag}" for tag in losses]
     assert sorted(curves(run_of(trained[0])).Tags()["scalars"]) == sorted(expected)
