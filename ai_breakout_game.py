@@ -142,10 +142,11 @@ FRAME_SKIP = 4  # emulator frames per action
 FRAME_STACK = 4  # frames in an observation: a single one does not show where the ball is going
 FRAME_SIZE = 84  # height and width of an observation, a multiple of 4
 NOOP_MAX = 30  # a game starts with 0 to 29 no-ops
+FULL_ACTION_SPACE = False  # True: all 18 actions, in every game
 
 
 def game_settings(env_id: str) -> dict[str, Any]:
-    """The registered settings of an ALE game. Raises UserError that names similar games."""
+    """The arguments of AtariEnv for a game, as registered. Raises UserError with similar ids."""
     known = {name: spec.kwargs for name, spec in gym.registry.items() if "game" in spec.kwargs}
     if env_id not in known:
         short = {name.removeprefix("ALE/").split("-")[0].lower(): name for name in known}
@@ -153,7 +154,7 @@ def game_settings(env_id: str) -> dict[str, Any]:
         near = [short[name] for name in difflib.get_close_matches(asked, short)]
         hint = f"; did you mean {' or '.join(near)}?" if near else ""
         raise UserError(f"--env-id={env_id} is not an ALE game{hint}")
-    return known[env_id]
+    return known[env_id] | {"full_action_space": FULL_ACTION_SPACE}
 
 
 @functools.cache
@@ -481,7 +482,7 @@ class TrainState:
         self.agent.load_state_dict(saved["agent"])
         self.optimizer.load_state_dict(saved["optimizer"])
         if rank() == 0 and saved["generator"].shape == self.generator.get_state().shape:
-            self.generator.set_state(saved["generator"])  # from the same kind of device
+            self.generator.set_state(saved["generator"])  # of the same kind of device
 
 
 def make_rollout(num_steps: int, num_envs: int, device: torch.device) -> Batch:
@@ -719,8 +720,7 @@ def load_agent(name: str) -> tuple[Agent, dict[str, Any], Path]:
         if not all(x.isfinite().all() for x in agent.parameters()):
             raise ValueError("a weight is not finite")
     except Exception as error:  # of a dozen types: strange tensors, strange names
-        problem = f"{type(error).__name__}: {str(error).strip().splitlines()[-1].strip()}"
-        raise UserError(f"{path} does not fit the network: {problem}") from None
+        raise UserError(f"{path} is not a model: {type(error).__name__}: {error}") from None
     kinds = {name: type(getattr(Config, name)) for name in MODEL_SETTINGS}
     settings = {k: content[k] for k, kind in kinds.items() if isinstance(content.get(k), kind)}
     agent.patience = settings.setdefault("patience", 0.0)
@@ -821,7 +821,7 @@ class Logger:
         threading.excepthook = lambda _: None  # the writer's thread: `log` reports what ended it
 
     def open(self, step: int) -> None:
-        """Start a file of curves, unless it is there. It replaces all points after `step`."""
+        """Start a file of curves, unless there is one. TensorBoard drops what followed `step`."""
         if not self.writer or not any(self.folder.glob("events.*")):
             with reported(f"write curves to {self.folder}/"):
                 self.writer = self.new_writer(str(self.folder), purge_step=step + 1)
@@ -919,7 +919,8 @@ def train(config: Config, state: TrainState, folder: Path) -> None:
     games = Games(config, config.num_envs // world_size())
     games.reset(0, config.seed, state.global_step, rank())
     rollout = make_rollout(config.num_steps, games.num_envs, state.agent.device)
-    say(f"{config.env_id}, {config.num_envs} games, {state.agent.device}, {state.agent.precision}")
+    where = f"{state.agent.device}, {state.agent.precision}"
+    say(f"{config.env_id}, {config.num_envs} games, {where}; curves in {folder}/")
 
     stop, next_checkpoint = StopRequest(), 0.0
     logger = Logger(folder, config, state) if rank() == 0 else None  # rank 0 logs and saves

@@ -76,9 +76,13 @@ class Window:
         done = subprocess.run(["xdotool", *args], env=self.env, capture_output=True, text=True)
         return done.stdout.split()[-1] if done.returncode == 0 and done.stdout.split() else None
 
-    def press(self, *keys):
-        for key in keys:
-            self.tool("key", "--window", self.name, key)
+    def press(self, key):
+        self.tool("key", "--window", self.name, key)
+
+    def change_speed(self, key, speeds):
+        for speed in speeds:
+            self.press(key)
+            until(lambda speed=speed: self.said(rf"speed x {speed}\n\Z"))
 
     def look(self):
         """The window's picture now, BGR; an empty one while it has none."""
@@ -140,28 +144,24 @@ def test_it_shows_the_game_in_its_true_colours_beside_the_panel(window):
     assert (picture[:, 480:] == script.ORANGE).all(-1).any()
 
 
-def test_space_pauses_and_a_full_stop_goes_one_step_on(window):
+def test_space_pauses_and_goes_on(window):
     window.press("space")
     until(lambda: not window.playing())
-    paused = window.look()[:570]
-    window.press("period")
-    until(lambda: (window.look()[:570] != paused).any())
-    assert not window.playing()
     window.press("space")
     until(window.playing)
 
 
 def test_n_takes_the_panel_away_and_brings_it_back(window):
-    window.press("n")
-    until(lambda: window.look().shape[1] == 480)
-    window.press("n")
-    until(lambda: window.look().shape[1] == 900)
+    for width in (480, 900):
+        window.press("n")
+        until(lambda width=width: window.look().shape[1] == width)
 
 
 def test_keys_without_a_meaning_do_nothing(window):
     before = (window.folder / "output").read_text()
-    window.press("Left", "Up", "Menu", "F1", "x", "n", "n")
-    until(lambda: window.look().shape[1] == 900 and window.playing())
+    for key in ("Left", "Up", "Menu", "F1", "x"):
+        window.press(key)
+        assert window.playing()
     assert (window.folder / "output").read_text() == before
 
 
@@ -175,9 +175,9 @@ def test_h_shows_the_keys_in_the_picture_and_prints_them(window):
 
 
 def test_plus_and_minus_change_the_speed(window):
-    for key, speed in (("plus", 2), ("plus", 4), ("minus", 2), ("minus", 1)):
-        window.press(key)
-        until(lambda speed=speed: window.said(rf"speed x {speed}\n\Z"))
+    window.change_speed("plus", (2, 4, 8, 8))
+    window.change_speed("minus", (4, 2, 1, 0.5))
+    window.change_speed("plus", (1,))
 
 
 def test_g_starts_a_gif_which_any_of_the_two_keys_ends(window):
@@ -185,23 +185,14 @@ def test_g_starts_a_gif_which_any_of_the_two_keys_ends(window):
         window.press("g")
         name = until(lambda: window.said(r"recording (\S+\.gif)\n\Z"))[1]
         window.press("n")  # a recording has one size
-        time.sleep(1)
+        until(window.playing)
         window.press(end)
         until(lambda name=name: window.said(rf"{name}: [\d.]+ MB\n\Z"))
         _, animation = cv2.imreadanimation(str(window.films / name))
-        assert 300 < sum(animation.durations) < 20_000
-        assert animation.frames[0].shape[:2] == (420, 600)
+        assert 100 < sum(animation.durations) < 20_000
+        assert {frame.shape[:2] for frame in animation.frames} == {(420, 600)}
         (window.films / name).unlink()
     assert window.look().shape[1] == 900
-
-
-def test_r_starts_a_game_with_a_whole_wall(window):
-    holes = lambda: (window.look()[171:279, 30:450].max(-1) < 60).sum()  # noqa: E731
-    window.press("plus", "plus", "plus")
-    until(lambda: holes() > 100, seconds=90)
-    window.press("r")
-    until(lambda: holes() == 0)
-    window.press("minus", "minus", "minus")
 
 
 @pytest.mark.skipif(find_library("X11-xcb") is None, reason="the system has no libX11-xcb")
@@ -209,11 +200,6 @@ def test_the_systems_libx11_xcb_is_loaded_beside_the_one_of_opencv(window):
     """With OpenCV's alone, one window in ten stayed black beside busy processes."""
     lines = (Path("/proc") / str(window.process.pid) / "maps").read_text().splitlines()
     assert any("/libX11-xcb.so.1" in line for line in lines)
-
-
-def test_escape_quits(own_window):
-    own_window.press("Escape")
-    assert own_window.ended()
 
 
 def test_closing_the_window_quits(own_window):
@@ -232,16 +218,19 @@ def test_closing_the_window_quits(own_window):
     assert own_window.ended()
 
 
-@pytest.mark.parametrize("end", ["q", "SIGTERM"])
+@pytest.mark.parametrize("end", ["Escape", "SIGTERM"])
 def test_the_end_finishes_a_recording(own_window, end):
     own_window.press("v")
     name = until(lambda: own_window.said(r"recording (\S+\.mp4)"))[1]
-    time.sleep(1)
-    own_window.press("q") if end == "q" else own_window.process.send_signal(signal.SIGTERM)
+    until(own_window.playing)
+    if end == "Escape":
+        own_window.press(end)
+    else:
+        own_window.process.send_signal(signal.SIGTERM)
     assert own_window.ended()
     video = cv2.VideoCapture(str(own_window.films / name))
     assert video.get(cv2.CAP_PROP_FPS) == pytest.approx(60)
-    assert video.get(cv2.CAP_PROP_FRAME_COUNT) > 20
+    assert video.get(cv2.CAP_PROP_FRAME_COUNT) > 5
     assert os.listdir(own_window.films) == [name]
 
 
@@ -251,7 +240,7 @@ def test_a_recording_that_cannot_be_written_does_not_end_the_game(own_window):
         own_window.press(key)
         until(lambda count=count: own_window.said(rf"(?s)(cannot \w+: No such file.*){{{count}}}"))
     assert own_window.playing()
-    own_window.process.send_signal(signal.SIGINT)
+    own_window.press("q")
     assert own_window.ended()
 
 
@@ -259,7 +248,7 @@ def test_a_recording_that_cannot_be_written_does_not_end_the_game(own_window):
 @pytest.mark.timeout(400)
 def test_memory_stays_flat(own_window):
     psutil, window = pytest.importorskip("psutil"), own_window
-    window.press("plus", "plus", "plus")
+    window.change_speed("plus", (2, 4, 8))
     sizes = []
     for _ in range(30):
         time.sleep(10)
