@@ -919,8 +919,7 @@ def train(config: Config, state: TrainState, folder: Path) -> None:
     games = Games(config, config.num_envs // world_size())
     games.reset(0, config.seed, state.global_step, rank())
     rollout = make_rollout(config.num_steps, games.num_envs, state.agent.device)
-    where = f"{state.agent.device}, {state.agent.precision}"
-    say(f"{config.env_id}, {config.num_envs} games, {where}; curves in {folder}/")
+    say(f"{state.agent.device}, {state.agent.precision}; curves in {folder}/")
 
     stop, next_checkpoint = StopRequest(), 0.0
     logger = Logger(folder, config, state) if rank() == 0 else None  # rank 0 logs and saves
