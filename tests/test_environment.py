@@ -1,28 +1,37 @@
-"""The rules of the game: each wrapper on a fake one, both ways of stepping on the real one."""
+"""The wrappers on a fake emulator, `Games` on a script, and both ways of stepping real games."""
 
-import multiprocessing
+import functools
+import itertools
 
 import gymnasium as gym
 import numpy as np
 import pytest
+import torch
+from gymnasium.utils.env_checker import check_env
 
 import ai_breakout_game as script
 
-BREAKOUT = script.Game("breakout")
+BREAKOUT, FREEWAY = "BreakoutNoFrameskip-v4", "FreewayNoFrameskip-v4"
+BOTH_WAYS = pytest.mark.parametrize("native", [True, False], ids=["native", "python"])
+
+# ---- The wrappers, on a fake emulator ----
 
 
 class FakeAtari(gym.Env):
-    """Shows the number of the frame as its brightness; loses lives and ends as told, by frame."""
+    """The brightness of the screen is the number of the frame, from 1. The game is over in frame
+    `over`; `rewards` are those of its frames.
+    """
 
-    def __init__(self, lose=(), over=None, rewards=None, actions=("NOOP", "FIRE", "RIGHT", "LEFT")):
-        self.observation_space = gym.spaces.Box(0, 255, (210, 160), np.uint8)
-        self.action_space = gym.spaces.Discrete(len(actions))
-        self.lose, self.over, self.rewards, self.actions = lose, over, rewards or {}, actions
-        self.taken, self.games = [], 0
-        self.render_mode = "rgb_array"
+    observation_space = gym.spaces.Box(0, 255, (210, 160), np.uint8)
+    action_space = gym.spaces.Discrete(3)
+    render_mode = "rgb_array"
+
+    def __init__(self, over=None, rewards=(), buttons=("NOOP", "FIRE", "RIGHT")):
+        self.over, self.rewards, self.buttons = over, dict(rewards), buttons
+        self.pressed = ""  # their initials
 
     def get_action_meanings(self):
-        return list(self.actions)
+        return list(self.buttons)
 
     def look(self):
         return np.full((210, 160), self.frame, np.uint8)
@@ -32,317 +41,412 @@ class FakeAtari(gym.Env):
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
-        self.frame, self.lives, self.games = 0, 3, self.games + 1
-        return self.look(), {"lives": self.lives}
+        self.frame = 1
+        return self.look(), {}
 
     def step(self, action):
-        self.taken.append(self.actions[action])
+        self.pressed += self.buttons[action][0]
         self.frame += 1
-        self.lives -= self.frame in self.lose
-        over = self.frame == self.over
-        reward = self.rewards.get(self.frame, 0)
-        return self.look(), reward, over, False, {"lives": self.lives}
+        return self.look(), self.rewards.get(self.frame, 0), self.frame == self.over, False, {}
 
 
-def test_fire_starts_a_game():
-    fake = FakeAtari()
-    script.FireResetEnv(fake).reset()
-    assert fake.taken == ["FIRE"]
+@pytest.mark.parametrize(("buttons", "pressed"), [(("NOOP", "FIRE"), "F"), (("NOOP", "UP"), "")])
+def test_fire_is_pressed_once_after_a_reset_where_there_is_fire(buttons, pressed):
+    fake = FakeAtari(buttons=buttons)
+    obs, _ = script.FireResetEnv(fake).reset()
+    assert fake.pressed == pressed and obs.max() == 1 + len(pressed)
 
 
-def test_a_game_without_a_fire_button_starts_without_it():
-    fake = FakeAtari(actions=("NOOP", "UP"))
-    script.FireResetEnv(fake).reset()
-    assert fake.taken == []
-
-
-def test_a_random_number_of_frames_below_the_maximum_passes_first():
-    counts = set()
+def test_a_game_starts_after_a_random_number_of_no_ops_below_the_limit(monkeypatch):
+    monkeypatch.setattr(script, "NOOP_MAX", 5)
+    starts = set()
     for seed in range(60):
         fake = FakeAtari()
-        script.NoopResetEnv(fake, noop_max=5).reset(seed=seed)
-        assert set(fake.taken) <= {"NOOP"}
-        counts.add(len(fake.taken))
-    assert counts == {0, 1, 2, 3, 4}
+        obs, _ = script.NoopResetEnv(fake).reset(seed=seed)
+        starts.add((fake.pressed, obs.max()))
+    assert starts == {("N" * count, 1 + count) for count in range(5)}
 
 
-def test_a_game_that_ends_in_its_first_frames_is_started_again():
-    fake = FakeAtari(over=1)
-    env = script.NoopResetEnv(fake, noop_max=30)
-    for seed in range(5):
-        frame, _ = env.reset(seed=seed)
-        assert frame.max() == 0
-
-
-def test_an_action_is_held_for_four_frames_and_its_rewards_add_up():
-    fake = FakeAtari(rewards={1: 1, 4: 4, 5: 100})
-    env = script.MaxAndSkipEnv(fake)
+def test_an_action_is_repeated_for_four_frames_and_their_rewards_are_added():
+    env = script.MaxAndSkipEnv(FakeAtari(rewards={2: 1, 5: 4, 6: 100}))
     env.reset()
-    _, reward, *_ = env.step(2)
-    assert fake.taken == ["RIGHT"] * 4
-    assert reward == 5
+    assert env.step(2)[1] == 5 and env.unwrapped.pressed == "RRRR"
 
 
-def test_the_brighter_of_the_last_two_frames_is_shown():
+@pytest.mark.parametrize("brightness", [[0, 200, 90, 40, 30], [0, 200, 90, 30, 40]])
+def test_each_pixel_is_the_maximum_of_the_last_two_frames(brightness):
     fake = FakeAtari()
-    fake.look = lambda: np.full((210, 160), [0, 200, 90, 40, 30][fake.frame], np.uint8)
+    fake.look = lambda: np.full((210, 160), brightness[fake.frame - 1], np.uint8)
     env = script.MaxAndSkipEnv(fake)
     env.reset()
-    frame, *_ = env.step(0)
-    assert frame.max() == frame.min() == 40
+    assert np.unique(env.step(0)[0]) == 40
 
 
-def test_holding_an_action_ends_with_the_game():
-    fake = FakeAtari(over=2)
-    env = script.MaxAndSkipEnv(fake)
+def test_the_repetition_of_an_action_ends_with_the_game():
+    env = script.MaxAndSkipEnv(FakeAtari(over=3))
     env.reset()
-    frame, _, terminated, _, _ = env.step(0)
-    assert terminated and fake.frame == 2 and frame.max() == 2
+    obs, _, terminated, _, _ = env.step(0)
+    assert terminated and env.unwrapped.frame == obs.max() == 3
 
 
-def test_frames_shrink_to_84_by_84_by_averaging():
-    env = script.WarpFrame(FakeAtari())
-    checker = np.indices((210, 160)).sum(0) % 2 * 200
-    small = env.observation(checker.astype(np.uint8))
-    assert small.shape == env.observation_space.shape == (84, 84)
-    assert abs(small.mean() - 100) < 2 and small.std() < 30
+@pytest.fixture
+def wrapped(monkeypatch):
+    """Builds what `make_env` makes of a fake game, without no-ops at the start."""
+
+    def build(fake, **options):
+        monkeypatch.setattr(script, "AtariEnv", lambda *args, **settings: fake)
+        monkeypatch.setattr(script, "NOOP_MAX", 1)
+        return script.make_env(BREAKOUT, **options)
+
+    return build
 
 
-def test_the_newest_frame_is_the_last_of_the_stack_and_a_new_game_starts_black():
-    env = script.FrameStack(script.WarpFrame(FakeAtari()))
+def test_the_screen_is_reduced_by_averaging_areas(wrapped):
+    fake, screen = FakeAtari(), np.zeros((210, 160), np.uint8)
+    screen[::5] = 200  # 2.5 rows become one: every other one has a bright row in it
+    fake.look = lambda: screen
+    newest = wrapped(fake).reset()[0][-1]
+    assert newest.shape == (84, 84)
+    assert np.unique(newest[::2]) == 80 and np.unique(newest[1::2]) == 0
+
+
+def test_observations_are_stacked_newest_last_after_black_ones(wrapped):
+    env = wrapped(FakeAtari())
+    stacks = [env.reset()[0]] + [env.step(0)[0] for _ in range(5)] + [env.reset()[0]]
+    assert stacks[0].shape == (4, 84, 84) and stacks[0].dtype == np.uint8
+    brightness = [stack[:, 40, 40].tolist() for stack in stacks]
+    assert brightness[:2] == [[0, 0, 0, 2], [0, 0, 2, 6]]
+    assert brightness[5:] == [[10, 14, 18, 22], [0, 0, 0, 2]]
+
+
+def test_a_game_is_truncated_after_max_frames_rounded_up_to_whole_steps(wrapped):
+    env = wrapped(FakeAtari(), max_frames=9)
     env.reset()
-    for _ in range(6):
-        frames, *_ = env.step(0)
-    assert frames[:, 0, 0].tolist() == [3, 4, 5, 6]
-    frames, _ = env.reset()
-    assert frames[:3].max() == 0 and frames.shape == (4, 84, 84)
+    assert [env.step(0)[3] for _ in range(3)] == [False, False, True]
 
 
-def test_a_lost_life_ends_the_episode_and_the_game_goes_on_with_fire():
-    fake = FakeAtari(lose=(2,))
-    env = script.EpisodicLifeEnv(fake)
+def test_render_returns_the_frames_of_a_step_in_colour(wrapped):
+    env = wrapped(FakeAtari(), keep_rgb=True)
     env.reset()
-    assert env.step(0)[2] is False
-    assert env.step(0)[2] is True
-    frame, info = env.reset()
-    assert fake.games == 1 and fake.taken[-1] == "FIRE"
-    assert frame.max() == 3 and info["lives"] == 2
-    assert env.step(0)[2] is False
+    for newest in (6, 10, 14):
+        env.render()
+        env.step(0)
+        frames = env.render()
+        assert [frame.max() for frame in frames] == [newest - 3, newest - 2, newest - 1, newest]
+        assert frames[0].shape == (210, 160, 3)
 
 
-def test_a_lost_life_without_a_fire_button_goes_on_where_it_was():
-    fake = FakeAtari(lose=(2,), actions=("NOOP", "UP"))
-    env = script.EpisodicLifeEnv(fake)
-    env.reset()
-    env.step(0), env.step(0)
-    frame, _ = env.reset()
-    assert frame.max() == 2 and fake.games == 1
+# ---- `Games`, on a script ----
 
 
-def test_a_game_that_is_over_starts_anew_and_so_does_a_seeded_reset():
-    fake = FakeAtari(over=2)
-    env = script.EpisodicLifeEnv(fake)
-    env.reset()
-    env.step(0), env.step(0)
-    env.reset()
-    assert fake.games == 2
-    env.reset(seed=3)
-    assert fake.games == 3
+class ScriptedVectorEnv:
+    """Games in which things happen in given steps, from 1: a value for all games, or one for each.
+    Lives stay what they were last.
+    """
+
+    def __init__(self, num_envs, **events):
+        self.num_envs, self.events, self.lives, self.count, self.taken = num_envs, events, 5, 0, []
+
+    def event(self, name, default):
+        return np.resize(self.events.get(name, {}).get(self.count, default), self.num_envs)
+
+    def reset(self, seed):
+        self.seeds = list(seed)
+        return np.zeros((self.num_envs, 4, 84, 84), np.uint8), {"lives": self.event("lives", 5)}
+
+    def step(self, actions):
+        self.count += 1
+        self.taken.append(int(actions[0]))
+        self.lives = self.event("lives", self.lives)
+        frames = np.full((self.num_envs, 4, 84, 84), self.count, np.uint8)
+        ends = self.event("over", False), self.event("truncated", False)
+        return frames, self.event("rewards", 0.0), *ends, {"lives": self.lives}
 
 
-def test_a_game_that_ends_while_the_ball_is_served_starts_anew_and_is_still_counted():
-    fake = FakeAtari(lose=(2,), over=3, rewards={3: 7})
-    env = script.EpisodicLifeEnv(gym.wrappers.RecordEpisodeStatistics(fake))
-    env.reset()
-    env.step(0), env.step(0)
-    frame, info = env.reset()
-    assert frame.max() == 0 and fake.games == 2
-    assert info["episode"]["r"] == 7 and info["lives"] == 3
+@pytest.fixture
+def scripted(monkeypatch):
+    """Builds `Games` that follow a script."""
 
-
-@pytest.mark.parametrize(("reward", "clipped"), [(7, 1), (-200, -1), (0, 0), (0.5, 1)])
-def test_rewards_are_clipped_to_their_sign(reward, clipped):
-    assert script.ClipRewardEnv(FakeAtari()).reward(reward) == clipped
-
-
-def test_every_frame_is_kept_in_colour_until_it_is_taken():
-    env = script.MaxAndSkipEnv(script.RGBSaveEnv(FakeAtari()))
-    env.reset()
-    env.step(0)
-    frames = env.render()
-    assert [frame.max() for frame in frames] == [0, 1, 2, 3, 4]
-    assert frames[0].shape == (210, 160, 3)
-    assert env.render() == []
-
-
-def test_the_true_score_of_a_whole_game_is_reported_over_all_its_lives():
-    env = script.make_env(BREAKOUT)
-    env.reset(seed=1)
-    rng, rewards, ends = np.random.default_rng(0), 0.0, 0
-    while True:
-        _, reward, terminated, _, info = env.step(rng.integers(4))
-        rewards += reward
-        ends += terminated
-        if "episode" in info:
-            break
-        if terminated:
-            env.reset()
-    assert ends == 5, "five lives"
-    assert info["episode"]["r"] >= rewards > 0
-
-
-def decisions(games, steps, seed):
-    """All that the agent saw, did and got, a list for each game, with the games that ended."""
-    rng = [np.random.default_rng(i) for i in range(2)]
-    actions = np.array([r.integers(len(games.action_names)) for r in rng])
-    frames, history, finished = games.reset(seed), ([], []), ([], [])
-    for _ in range(steps):
-        result = games.step(actions)
-        for over in result.finished:
-            finished[over.slot].append((over.score, over.length))
-        for i in np.flatnonzero(result.decided):
-            got = (result.rewards[i], result.terminated[i], result.truncated[i], result.lives[i])
-            got += (games.idle[i],)
-            history[i].append((actions[i], frames[i].tobytes(), *(float(x) for x in got)))
-            actions[i] = rng[i].integers(len(games.action_names))
-        frames = result.frames
-    return history, finished
-
-
-@pytest.mark.parametrize("rom", ["breakout", "freeway", "ms_pacman", "space_invaders"])
-def test_both_ways_of_stepping_are_the_same_game_bit_for_bit(rom):
-    game = script.Game(rom, max_frames=4 * 400, noop_max=0)
-    native, native_over = decisions(script.NativeGames(game, 2), 900, seed=5)
-    wrapped, wrapped_over = decisions(script.WrappedGames(game, 2), 900, seed=5)
-    for i in range(2):
-        both = min(len(native[i]), len(wrapped[i]))  # without FIRE a lost life costs one no step
-        assert both > 850
-        assert native[i][:both] == wrapped[i][:both]
-        games = min(len(native_over[i]), len(wrapped_over[i]))
-        assert games >= 2
-        assert native_over[i][:games] == wrapped_over[i][:games]
-        ended = sum(step[3] for step in native[i])
-        assert ended > len(native_over[i]) or rom == "freeway", "lives were lost"
-
-
-@pytest.mark.parametrize("kind", [script.NativeGames, script.WrappedGames])
-def test_both_ways_have_the_frames_that_the_file_asks_for(monkeypatch, kind):
-    for name, value in (("FRAME_SKIP", 2), ("FRAME_STACK", 3), ("FRAME_SIZE", 42)):
-        monkeypatch.setattr(script, name, value)
-    games = kind(script.Game("breakout", noop_max=0), 1)
-    assert games.reset(1).shape == (1, 3, 42, 42)
-    before = games.frame_numbers.copy()
-    games.step(np.zeros(1, int))
-    assert games.frame_numbers - before == 2
-
-
-@pytest.mark.parametrize("kind", [script.NativeGames, script.WrappedGames])
-def test_steps_without_a_point_are_counted_from_a_point_a_lost_life_and_a_start(kind):
-    games, rng = kind(script.Game("breakout"), 2), np.random.default_rng(0)
-    games.reset(3)
-    expected, points, lost = np.zeros(2, int), 0, 0
-    for _ in range(300):
-        result = games.step(rng.integers(4, size=2))
-        over = result.terminated | result.restarted
-        points, lost = points + (result.rewards > 0).sum(), lost + over.sum()
-        expected = np.where((result.rewards > 0) | over, 0, expected + result.decided)
-        assert (games.idle == expected).all()
-    assert points and lost
-    while not games.idle.all():
-        games.step(np.zeros(2, int))
-    other = games.idle[1]
-    games.start(np.array([True, False]), np.array([3, 4]))
-    assert tuple(games.idle) == (0, other)
-
-
-def test_a_sticky_action_is_repeated():
-    calm, sticky = (script.Game("breakout", sticky, noop_max=0) for sticky in (0, 0.9))
-    frames = []
-    for game in (calm, sticky):
-        games = script.NativeGames(game, 1)
+    def build(num_envs=1, env_id=BREAKOUT, **events):
+        env = ScriptedVectorEnv(num_envs, **events)
+        monkeypatch.setattr(script, "make_vector_env", lambda *args: env)
+        games = script.Games(script.Config(env_id=env_id), num_envs)
         games.reset(1)
-        for step in range(40):
-            result = games.step(np.array([2 + step // 10 % 2]))
-        frames.append(result.frames)
-    assert (frames[0] != frames[1]).any()
+        return games
+
+    return build
 
 
-@pytest.mark.parametrize("kind", [script.NativeGames, script.WrappedGames])
-def test_after_a_lost_life_fire_is_pressed_whatever_the_agent_says(kind):
-    games = kind(BREAKOUT, 1)
-    games.reset(3)
-    noop, undecided = np.array([0]), 0
-    for _ in range(400):
-        result = games.step(noop)
-        undecided += not result.decided[0]
-        if result.finished:
-            break
-    assert undecided == 4, "an agent that never fires loses five balls, four of them served for it"
-    assert result.finished[0].slot == 0
+def play(games, steps):
+    """Take action 2 in each step. Returns what each step brought game 0, by name."""
+    rows = []
+    for _ in range(steps):
+        result = games.step(np.full(games.num_envs, 2))
+        rows.append({name: getattr(games, name)[0] for name in ("scores", "lengths", "idle")})
+        rows[-1] |= {name: x[0] for name, x in result._asdict().items() if name != "finished"}
+        rows[-1]["finished"] = [tuple(game) for game in result.finished]
+    return {name: [row[name] for row in rows] for name in rows[0]} | {"taken": games.env.taken}
 
 
-@pytest.mark.parametrize("kind", [script.NativeGames, script.WrappedGames])
-def test_a_game_that_is_cut_off_is_truncated_and_shows_its_last_frame(kind):
-    games = kind(script.Game("pong", max_frames=40, noop_max=0), 1)
-    games.reset(1)
-    for _ in range(10):
-        result = games.step(np.array([0]))
-    assert result.truncated[0] and not result.terminated[0]
-    assert result.finished == [script.FinishedGame(0, 0.0, 10)]
-    assert result.frames[0, 0].max() > 0, "the stack is full, not that of a new game"
-    result = games.step(np.array([0]))
-    assert not result.decided[0] and result.frames[0, 0].max() == 0
+Y, N = True, False
+ACCOUNTS = {
+    "rewards-are-clipped-to-their-sign-and-scores-are-not": (
+        {"rewards": {1: 7, 3: -200, 4: 0.5}},
+        {"rewards": [1, 0, -1, 1], "scores": [7, 7, -193, -192.5]}),
+    "a-finished-game-has-its-score-and-length-and-the-reset-is-no-step-of-the-next": (
+        {"rewards": {2: 7, 3: 7, 5: 2}, "over": {3: Y, 6: Y}},
+        {"finished": [[], [], [(0, 14, 3)], [], [], [(0, 2, 2)]], "scores": [0, 7, 14, 0, 2, 2]}),
+    "a-truncated-game-is-finished-but-not-terminated": (
+        {"rewards": {2: 7}, "truncated": {3: Y}},
+        {"truncated": [N, N, Y, N], "terminated": [N, N, N, N], "decided": [Y, Y, Y, N],
+         "finished": [[], [], [(0, 7, 3)], []], "scores": [0, 7, 7, 0], "idle": [1, 0, 0, 0]}),
+    "a-lost-life-terminates-the-episode-but-finishes-no-game": (
+        {"lives": {3: 4}},
+        {"terminated": [N, N, Y, N, N], "finished": [[]] * 5, "lengths": [1, 2, 3, 4, 5]}),
+    "the-serve-after-a-lost-life-is-fire-and-not-decided": (
+        {"lives": {3: 4}}, {"taken": [2, 2, 2, 1, 2], "decided": [Y, Y, Y, N, Y]}),
+    "a-ball-that-is-lost-while-it-is-served-is-served-again": (
+        {"lives": {3: 4, 4: 3}}, {"taken": [2, 2, 2, 1, 1, 2], "terminated": [N, N, Y, Y, N, N]}),
+    "without-fire-the-agent-decides-after-a-lost-life": (
+        {"lives": {3: 4}, "env_id": FREEWAY},
+        {"taken": [2] * 5, "decided": [Y] * 5, "terminated": [N, N, Y, N, N]}),
+    "after-the-last-life-the-game-is-reset-and-nothing-is-served": (
+        {"lives": {3: 0, 4: 5}, "over": {3: Y}}, {"taken": [2] * 5, "decided": [Y, Y, Y, N, Y]}),
+    "a-game-that-ends-while-the-ball-is-served-is-reset": (
+        {"lives": {3: 4, 4: 0, 5: 5}, "over": {4: Y}},
+        {"taken": [2, 2, 2, 1, 2, 2], "decided": [Y, Y, Y, N, N, Y]}),
+    "a-new-game-with-fewer-lives-has-lost-none": (
+        {"lives": {4: 3}, "over": {3: Y}},
+        {"terminated": [N, N, Y, N, N], "decided": [Y, Y, Y, N, Y]}),
+    "a-game-that-goes-on-with-no-lives-has-lost-none": (
+        {"lives": {2: 0}, "over": {4: Y}}, {"terminated": [N, N, N, Y], "decided": [Y] * 4}),
+    "idle-counts-decisions-since-the-last-point-or-lost-life": (
+        {"rewards": {3: -1}, "lives": {6: 4, 9: 0}, "over": {9: Y}},
+        {"idle": [1, 2, 0, 1, 2, 0, 0, 1, 0, 0, 1]}),
+}  # fmt: skip
 
 
-def test_games_cut_off_after_a_moment_are_counted_one_by_one():
-    games = script.NativeGames(script.Game("freeway", max_frames=24), 4)
-    games.reset(1)
-    lengths = [over.length for _ in range(60) for over in games.step(np.zeros(4, int)).finished]
-    assert lengths == [6] * len(lengths) and len(lengths) > 30
+@pytest.mark.parametrize(("events", "wanted"), ACCOUNTS.values(), ids=ACCOUNTS)
+def test_games_keep_account(scripted, events, wanted):
+    got = play(scripted(**events), len(next(iter(wanted.values()))))
+    assert {name: got[name] for name in wanted} == wanted
+
+
+def test_each_game_has_an_account_of_its_own(scripted):
+    games = scripted(2, rewards={2: [0, 7]}, over={4: [False, True]}, lives={3: [4, 5]})
+    got = play(games, 5)
+    assert got["finished"] == [[], [], [], [(1, 7, 4)], []]
+    assert (games.lengths.tolist(), games.lives.tolist()) == ([5, 0], [4, 5])
+    assert got["decided"] == [Y, Y, Y, N, Y] and games.idle.tolist() == [1, 0]
 
 
 @pytest.mark.parametrize("action", [-1, 4])
-def test_an_action_that_the_game_does_not_have_is_refused_before_it_can_hang(action):
-    games = script.NativeGames(BREAKOUT, 2)
-    games.reset(1)
-    with pytest.raises(IndexError):
+def test_a_number_that_is_no_action_is_refused(scripted, action):
+    games = scripted(2)
+    with pytest.raises(ValueError, match="the game has 4"):
         games.step(np.array([0, action]))
+    assert games.env.taken == []
 
 
-def test_scores_are_counted_while_the_game_runs():
-    for kind in (script.NativeGames, script.WrappedGames):
-        games, rng = kind(BREAKOUT, 2), np.random.default_rng(0)
-        games.reset(1)
-        best = 0
-        for _ in range(300):
-            result = games.step(rng.integers(0, 4, 2))
-            for over in result.finished:
-                assert games.scores[over.slot] == over.score
-            best = max(best, *games.scores)
-        assert best >= 1
+def test_no_two_games_share_a_seed_even_in_neighbouring_runs(scripted):
+    games, seeds = scripted(8), []
+    for entropy in [(1,), (2,), (3,), (1, 2048, 0), (1, 2048, 1), (1, 2049, 0), (1, 2049, 0)]:
+        games.reset(*entropy)
+        seeds.append(games.env.seeds)
+    assert seeds[-1] == seeds[-2], "the same entropy gives the same games"
+    seeds = list(itertools.chain(*seeds[:-1]))
+    assert len(set(seeds)) == 48 and min(seeds) >= 0 and max(seeds) < 2**31, "the emulator's range"
 
 
-def test_a_game_that_ends_with_lives_left_is_counted():
-    games, rng = script.NativeGames(script.Game("adventure", max_frames=10**6), 4), np.random
-    rng = rng.default_rng(0)
+def test_a_reset_forgets_scores_lengths_and_pending_serves(scripted):
+    games = scripted(rewards={1: 7}, lives={2: 4})
+    play(games, 2)
     games.reset(1)
-    games.frame_numbers = np.full(4, 10**6)  # as if the step to come were a new game's first
-    games.lives, games.scores, games.lengths = np.ones(4), np.full(4, 9.0), np.full(4, 50)
-    result = games.step(rng.integers(0, 18, 4))
-    assert [tuple(over) for over in result.finished] == [(i, 9.0, 50) for i in range(4)]
+    assert (games.scores[0], games.lengths[0], games.idle[0]) == (0, 0, 0)
+    assert play(games, 1)["decided"] == [True] and games.env.taken[-1] == 2
 
 
-def step_a_few(queue):
-    games = script.NativeGames(BREAKOUT, 2)
+# ---- Real games ----
+
+
+def new_games(native, num_envs=2, env_id=BREAKOUT, **settings):
+    config = script.Config(env_id=env_id, multithreading=native, **settings)
+    return script.Games(config, num_envs)
+
+
+@functools.cache
+def two_games(native):
+    """Two games of Breakout that tests share; each resets them."""
+    return new_games(native)
+
+
+@pytest.fixture
+def no_wait(monkeypatch):
+    """All games start alike."""
+    monkeypatch.setattr(script, "NOOP_MAX", 1)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_gymnasium_finds_no_fault_in_the_environment():
+    check_env(script.make_env(BREAKOUT))
+
+
+@pytest.mark.filterwarnings("error::UserWarning")
+def test_stable_baselines3_finds_no_fault_in_the_environment():
+    checker = pytest.importorskip("stable_baselines3.common.env_checker")
+    checker.check_env(script.make_env(BREAKOUT))
+
+
+def test_a_seeded_environment_plays_the_same_game_again():
+    def frames(seed):
+        env = script.make_env(BREAKOUT, seed=seed, sticky_actions=0.5)
+        return [env.reset()[0].tobytes()] + [env.step(i // 8 % 4)[0].tobytes() for i in range(80)]
+
+    first = frames(3)
+    assert first == frames(3) and first != frames(4)
+
+
+def record(calls, function, *args, **kwargs):
+    """Call `function`, and keep its arguments and result."""
+    result = function(*args, **kwargs)
+    calls.append((*args, *kwargs.values(), result))
+    return result
+
+
+@pytest.mark.parametrize("env_id", [BREAKOUT, "SpaceInvadersNoFrameskip-v4"])
+def test_a_plain_loop_over_the_environment_gives_the_scores_of_games(env_id):
+    games, resets = new_games(False, 1, env_id, max_frames=4 * 150), []
+    games.env.reset = functools.partial(record, resets, games.env.reset)
+    games.reset(5)
+    actions = np.random.default_rng(0).integers(len(games.action_names), size=320)
+    finished = [game for action in actions for game in games.step(action[None]).finished]
+
+    env, scores, total, over = script.make_env(env_id, max_frames=4 * 150), [], 0.0, False
+    env.reset(seed=resets[0][0][0])
+    lives = served = 0
+    for action in actions:
+        if over:
+            total, over, served, lives, _ = 0.0, False, 0, 0, env.reset()
+            continue
+        _, reward, terminated, truncated, info = env.step(1 if served else action)  # 1 is FIRE
+        total, over = total + reward, terminated or truncated
+        served, lives = info["lives"] < lives, info["lives"]
+        scores += [total] if over else []
+    assert [game.score for game in finished] == scores and len(scores) >= 2
+    assert max(scores) >= (1 if env_id == BREAKOUT else 25), "a hit is worth five or more there"
+
+
+@pytest.mark.parametrize(
+    ("game", "length"),
+    [("Breakout", 165), ("Freeway", 100), ("MsPacman", 100), ("SpaceInvaders", 100)],
+)
+def test_native_and_python_games_are_the_same_bit_for_bit(game, length, no_wait):
+    settings = {"env_id": f"{game}NoFrameskip-v4", "max_frames": 4 * length}
+    native, python = (new_games(native, **settings) for native in (True, False))
+    native.reset(5), python.reset(5)
+    assert np.array_equal(native.frames, python.frames)
+    rng, events = np.random.default_rng(0), np.zeros(3, int)
+    for _ in range(2 * length + 10):
+        actions = rng.integers(len(native.action_names), size=2)
+        result, other = native.step(actions), python.step(actions)
+        for name in result._fields:
+            assert np.array_equal(getattr(result, name), getattr(other, name)), name
+        for name in ("idle", "lives", "scores", "lengths"):
+            assert np.array_equal(getattr(native, name), getattr(python, name)), name
+        # The native emulator does not read the screen again when a game ends.
+        running = ~native.game_over
+        assert np.array_equal(native.frames[:, :3], python.frames[:, :3])
+        assert np.array_equal(native.frames[running], python.frames[running])
+        assert all(stack[0].any() for stack in native.frames[result.truncated]), "not yet reset"
+        events += len(result.finished), result.truncated.sum(), result.terminated.sum()
+    assert events[0] >= 4 and events[1] >= 1
+    assert game != "Breakout" or events[2] > 5
+
+
+def frame_number(call):
+    """The emulator's frame numbers after a recorded step, (N,)."""
+    return call[-1][-1]["episode_frame_number"].tolist()
+
+
+@BOTH_WAYS
+def test_games_start_after_a_varying_number_of_frames_below_30(native):
+    games, steps = new_games(native, max_frames=4), []
     games.reset(1)
-    queue.put(games.step(np.array([0, 1])).frames.shape)
+    games.env.step = functools.partial(record, steps, games.env.step)
+    decided = np.stack([games.step(np.zeros(2, int)).decided for _ in range(60)])
+    waits = np.stack([frame_number(step) for step in steps])[~decided] - 1  # FIRE takes one
+    assert len(waits) == 60 and len(set(waits)) > 15
+    assert 0 <= waits.min() < 5 and 25 < waits.max() < 30
 
 
-def test_the_games_run_in_a_spawned_process_as_on_windows_and_macos():
-    context = multiprocessing.get_context("spawn")
-    queue = context.Queue()
-    process = context.Process(target=step_a_few, args=(queue,))
-    process.start()
-    assert queue.get(timeout=60) == (2, 4, 84, 84)
-    process.join(30)
-    assert process.exitcode == 0
+def games_by_wait(native):
+    """Frames and rewards of games of 24 steps, by the emulator's frame number at their start."""
+    games, started, steps = new_games(native, max_frames=4 * 25), [], []
+    games.reset(1)
+    games.env.step, current = functools.partial(record, steps, games.env.step), [[], []]
+    for _ in range(26 * 8):
+        result = games.step(games.lengths // 5 % 4)
+        for i in range(2):
+            if games.lengths[i] == 0:
+                current[i] = []
+                started.append((frame_number(steps[-1])[i], current[i]))
+            if not games.game_over[i]:
+                current[i].append((games.frames[i].tobytes(), float(result.rewards[i])))
+    return {number: tuple(steps) for number, steps in started if len(steps) == 25}
+
+
+def test_native_and_python_games_that_waited_equally_long_are_the_same(monkeypatch):
+    monkeypatch.setattr(script, "NOOP_MAX", 9)  # few waits, so that both ways have the same ones
+    native, python = games_by_wait(True), games_by_wait(False)
+    common = native.keys() & python.keys()
+    assert len(common) >= 4 and all(native[number] == python[number] for number in common)
+    assert len({native[number] for number in common}) > 1, "the wait makes a difference"
+
+
+@BOTH_WAYS
+@pytest.mark.parametrize("sticky", [0.0, 0.25])
+def test_sticky_actions_make_games_differ_that_are_otherwise_alike(native, sticky, no_wait):
+    games, same = new_games(native, 2, sticky_actions=sticky), True
+    games.reset(1)
+    for i in range(100):
+        games.step(np.full(2, i // 5 % 4))
+        same &= np.array_equal(*games.frames)
+    assert same == (sticky == 0)
+
+
+@BOTH_WAYS
+def test_frames_are_not_overwritten_by_later_steps(native):
+    games = two_games(native)
+    games.reset(1)
+    first, kept = games.frames, games.frames.copy()
+    for _ in range(5):
+        games.step(np.full(2, 2))
+    assert np.array_equal(first, kept)
+
+
+class PixelSumAgent(script.Agent):
+    """The sum of all pixels decides its action and is its value: all differences show."""
+
+    def forward(self, frames):
+        sums = frames.long().sum((1, 2, 3))
+        return 1e4 * torch.nn.functional.one_hot(sums % 4, 4).float(), sums.float()
+
+
+@BOTH_WAYS
+def test_playing_and_training_from_one_seed_show_the_agent_the_same_frames(native):
+    config, agent = script.Config(device="cpu", multithreading=native), PixelSumAgent(4)
+    games, resets = two_games(True) if native else script.Games(config, 2, keep_rgb=True), []
+    games.reset = functools.partial(record, resets, games.reset)
+    played = list(itertools.islice(script.run_episodes(agent, games, config, 7), 40))
+
+    state = script.TrainState(agent, None, torch.Generator().manual_seed(9))
+    games, rollout = two_games(native), script.make_rollout(40, 2, torch.device("cpu"))
+    games.reset(*resets[0][:-1])
+    script.collect_rollout(state, games, rollout)
+    for t, (frames, decision, result) in enumerate(played):
+        assert np.array_equal(frames, rollout["frames"][t]), t
+        for name in ("actions", "values", "log_probs"):
+            assert torch.equal(decision[name], rollout[name][t]), name
+        assert np.array_equal(result.decided, rollout["decided"][t])
+    one, other = rollout["actions"].T
+    assert not torch.equal(one, other) and not rollout["decided"].all(), "not all is alike"

@@ -1,6 +1,9 @@
-"""The mathematics, against formulas written out slowly and against stable-baselines3."""
+"""What is learnt from a rollout: the formulas, written out slowly, and what updates do."""
 
 import copy
+import dataclasses
+import functools
+import io
 import math
 
 import numpy as np
@@ -9,540 +12,531 @@ import torch
 
 import ai_breakout_game as script
 
-CPU = torch.device("cpu")
+CPU, T, N = torch.device("cpu"), 16, 2
+CONFIG = script.Config(
+    num_envs=N, num_steps=T, num_minibatches=2, total_timesteps=320, device="cpu",
+    precision="float32",
+)  # fmt: skip
+new_config = functools.partial(dataclasses.replace, CONFIG)
+one_batch = functools.partial(new_config, num_minibatches=1, update_epochs=1)
+FRACTIONS = pytest.mark.parametrize("fraction", [1.0, 0.5])
 
 
-def random_steps(num_steps=12, num_envs=3, seed=0):
-    """Rewards, values, terminations, cut-offs: (T, N) tensors, values one longer."""
-    rng = torch.Generator().manual_seed(seed)
-    rewards = torch.randn(num_steps, num_envs, generator=rng)
-    values = torch.randn(num_steps + 1, num_envs, generator=rng)
-    terminated = torch.rand(num_steps, num_envs, generator=rng) < 0.2
-    truncated = ~terminated & (torch.rand(num_steps, num_envs, generator=rng) < 0.15)
-    return rewards, values, terminated, truncated
+@functools.cache
+def first_state(seed):
+    return script.make_state(new_config(seed=seed))
 
 
-def slow_gae(rewards, values, terminated, truncated, gamma, lam):
-    """Equation 16 of arXiv:1506.02438 as it stands: for each step the sum over all later ones."""
-    num_steps, num_envs = rewards.shape
-    advantages = np.zeros((num_steps, num_envs))
-    for n in range(num_envs):
-        for t in range(num_steps):
-            for k in range(t, num_steps):
-                value_after = 0.0 if terminated[k, n] else values[k + 1, n]
-                delta = rewards[k, n] + gamma * value_after - values[k, n]
-                advantages[t, n] += (gamma * lam) ** (k - t) * delta
-                if terminated[k, n] or truncated[k, n]:
-                    break
+def new_state(seed=1):
+    """The state at the start of a run."""
+    return copy.deepcopy(first_state(seed))
+
+
+def random_rollout(seed=0):
+    """A rollout in which game 0 loses a life, and game 1 is truncated."""
+    rng, rollout = torch.Generator().manual_seed(seed), script.make_rollout(T, N, CPU)
+    rollout["frames"].random_(256, generator=rng)
+    rollout["actions"].random_(4, generator=rng)
+    for name in ("rewards", "values", "log_probs"):
+        rollout[name].normal_(generator=rng)
+    rollout["log_probs"].mul_(0.1).sub_(math.log(4))
+    rollout["temperatures"].fill_(1)
+    rollout["decided"].fill_(True)
+    rollout["terminated"][5, 0] = rollout["truncated"][9, 1] = True
+    rollout["decided"][6, 0] = rollout["decided"][10, 1] = False
+    return rollout
+
+
+def weights_of(state):
+    return torch.cat([x.detach().flatten() for x in state.agent.parameters()])
+
+
+def update(state, rollout, config=CONFIG):
+    """One update, as `train` makes it. Returns its losses."""
+    numbers = script.learn(state, rollout, script.anneal(config, state.update))
+    return {name.removeprefix("losses/"): value for name, value in numbers.items()}
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """The batches that the loss sees, in order."""
+    batches, loss = [], script.ppo_loss
+
+    def record(logits, values, batch, config):
+        batches.append(batch)
+        return loss(logits, values, batch, config)
+
+    monkeypatch.setattr(script, "ppo_loss", record)
+    return batches
+
+
+# ---- Rollouts ----
+
+
+class ScriptedGames:
+    """Two games. In game i the brightness before step t, and its reward, are 100 * i + t."""
+
+    num_envs, lives = 2, np.array([5, 5])
+
+    def __init__(self):
+        self.count, self.taken, self.idle, rng = 0, [], np.zeros(2, int), np.random.default_rng(0)
+        self.flags = {x: rng.random((33, 2)) < 0.3 for x in ("terminated", "truncated", "decided")}
+
+    @property
+    def frames(self):
+        numbers = np.array([self.count, 100 + self.count], np.uint8)
+        return np.tile(numbers[:, None, None, None], (1, 4, 84, 84))
+
+    def step(self, actions):
+        self.taken.append(actions.tolist())
+        rewards = np.array([self.count, 100 + self.count], np.float32)
+        flags = {name: x[self.count] for name, x in self.flags.items()}
+        self.count += 1
+        self.idle = self.count * np.array([1, 2])
+        finished = [script.FinishedGame(1, 7.5, 3)] if self.count == 3 else []
+        return script.StepResult(rewards=rewards, finished=finished, **flags)
+
+
+class BrightnessAgent(script.Agent):
+    """The value of frames is their brightness b, and b % 4 the only action."""
+
+    patience = 10.0
+
+    def forward(self, frames):
+        values = frames.float().mean((1, 2, 3))
+        return 1e4 * torch.nn.functional.one_hot(values.long() % 4, 4).float(), values
+
+
+@pytest.fixture(scope="module")
+def collected():
+    """Scripted games, a state, and two rollouts of them, one after the other."""
+    games, rollout, rollouts = ScriptedGames(), script.make_rollout(T, N, CPU), []
+    state = script.TrainState(BrightnessAgent(4), None, torch.Generator())
+    for _ in range(2):
+        script.collect_rollout(state, games, rollout)
+        rollouts.append({name: x.clone() for name, x in rollout.items()})
+    return games, state, rollouts
+
+
+STEPS = torch.arange(2 * T + 1)[:, None]
+NUMBERS = STEPS + torch.tensor([0, 100])  # (2 * T + 1, N)
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [
+        ("frames", NUMBERS[:-1, :, None, None, None].expand(2 * T, N, 4, 84, 84)),
+        ("actions", NUMBERS[:-1] % 4),
+        ("log_probs", torch.zeros(2 * T, N)),
+        ("values", NUMBERS[:-1]),
+        ("rewards", NUMBERS[:-1]),
+        ("temperatures", (STEPS[:-1] * torch.tensor([1, 2]) / 10).clamp(min=1)),
+        *((name, None) for name in ("terminated", "truncated", "decided")),
+    ],
+)
+def test_each_step_of_a_rollout_has_what_belongs_to_its_action(collected, name, wanted):
+    games, _, rollouts = collected
+    got = torch.cat([rollout[name][:T] for rollout in rollouts])
+    wanted = torch.from_numpy(games.flags[name][: 2 * T]) if wanted is None else wanted
+    torch.testing.assert_close(got, wanted.to(got.dtype))
+
+
+def test_the_actions_of_a_rollout_are_those_that_were_played(collected):
+    games, _, rollouts = collected
+    assert torch.cat([rollout["actions"] for rollout in rollouts]).tolist() == games.taken
+
+
+def test_a_rollout_ends_with_the_frames_at_which_the_next_one_starts_and_their_value(collected):
+    first, second = collected[2]
+    assert torch.equal(first["frames"][-1], second["frames"][0])
+    assert torch.equal(first["values"][-1], second["values"][0])
+    assert second["values"][-1].tolist() == NUMBERS[-1].tolist()
+
+
+def test_a_rollout_counts_steps_and_finished_games(collected):
+    _, state, _ = collected
+    assert (state.global_step, state.num_games, list(state.scores)) == (4 * T, 1, [7.5])
+
+
+# ---- Advantages and returns ----
+
+
+def slow_gae(rewards, values, terminated, truncated, gamma, gae_lambda):
+    """Equation 16 of arXiv:1506.02438 as it stands: for each step, the sum over later ones."""
+    advantages = torch.zeros_like(rewards)
+    for t, n in np.ndindex(*rewards.shape):
+        for k in range(t, len(rewards)):
+            following = 0 if terminated[k, n] else values[k + 1, n]
+            delta = rewards[k, n] + gamma * following - values[k, n]
+            advantages[t, n] += (gamma * gae_lambda) ** (k - t) * delta
+            if terminated[k, n] or truncated[k, n]:
+                break
     return advantages
 
 
-@pytest.mark.parametrize(("gamma", "lam"), [(0.99, 0.95), (0.9, 0.0), (1.0, 1.0)])
-def test_gae_is_the_papers_sum(gamma, lam):
-    rewards, values, terminated, truncated = random_steps()
-    assert terminated.any() and truncated.any()
-    dones = terminated | truncated
-    fast = script.compute_gae(rewards, values, terminated, dones, gamma, lam)
-    slow = slow_gae(*(x.numpy() for x in (rewards, values, terminated, truncated)), gamma, lam)
-    np.testing.assert_allclose(fast.numpy(), slow, rtol=1e-5, atol=1e-5)
+@pytest.mark.parametrize(("gamma", "gae_lambda"), [(0.99, 0.95), (0.9, 0.0), (1.0, 1.0)])
+def test_gae_is_the_sum_of_discounted_errors(gamma, gae_lambda):
+    rollout = random_rollout()
+    steps = [rollout[x] for x in ("rewards", "values", "terminated", "truncated")]
+    got = script.compute_gae(*steps, gamma=gamma, gae_lambda=gae_lambda)
+    torch.testing.assert_close(got, slow_gae(*steps, gamma, gae_lambda), rtol=1e-5, atol=1e-5)
 
 
 def test_gae_agrees_with_stable_baselines3():
     buffers = pytest.importorskip("stable_baselines3.common.buffers")
     from gymnasium import spaces
 
-    rewards, values, terminated, _ = random_steps()
-    num_steps, num_envs = rewards.shape
-    buffer = buffers.RolloutBuffer(
-        num_steps, spaces.Box(0, 1, (1,)), spaces.Discrete(2), "cpu", 0.95, 0.99, num_envs
-    )
-    start = np.zeros(num_envs)  # theirs: the flag stands at the step after the end
-    for t in range(num_steps):
-        zeros = np.zeros((num_envs, 1))
-        buffer.add(zeros, zeros, rewards[t].numpy(), start, values[t], torch.zeros(num_envs))
-        start = terminated[t].numpy()
+    rollout = random_rollout()
+    rewards, values, ends = (rollout[x] for x in ("rewards", "values", "terminated"))
+    box, actions = spaces.Box(0, 1, (1,)), spaces.Discrete(2)
+    buffer = buffers.RolloutBuffer(T, box, actions, "cpu", 0.95, 0.99, N)
+    start, nothing = np.zeros(N), np.zeros((N, 1))  # theirs flags first steps, ours last ones
+    for t in range(T):
+        buffer.add(nothing, nothing, rewards[t].numpy(), start, values[t], torch.zeros(N))
+        start = ends[t].numpy()
     buffer.compute_returns_and_advantage(values[-1], start)
-    ours = script.compute_gae(rewards, values, terminated, terminated, 0.99, 0.95)
-    np.testing.assert_allclose(ours.numpy(), buffer.advantages, rtol=1e-5, atol=1e-5)
+    ours = script.compute_gae(rewards, values, ends, torch.zeros_like(ends), 0.99, 0.95)
+    np.testing.assert_allclose(ours, buffer.advantages, rtol=1e-5, atol=1e-5)
 
 
-def random_batch(size=16, actions=4, seed=0):
-    """What the network says now, and the steps it says it of."""
-    rng = torch.Generator().manual_seed(seed)
-    logits, values = torch.randn(size, actions, generator=rng), torch.randn(size, generator=rng)
-    batch = script.Batch(
-        frames=torch.zeros(size),
-        temperatures=torch.ones(size),
-        actions=torch.randint(actions, (size,), generator=rng),
-        log_probs=-torch.rand(size, generator=rng) * 2 - 0.1,
-        values=torch.randn(size, generator=rng),
-        advantages=torch.randn(size, generator=rng) * 3 + 1,
-        returns=torch.randn(size, generator=rng),
-        mask=torch.rand(size, generator=rng) < 0.7,
-    )
-    return logits, values, batch
-
-
-def direct_loss(logits, values, batch, clip, norm_adv, clip_vloss):
-    """Each term of the loss, a step at a time, over the steps in the mask only."""
-    keep = [i for i in range(len(values)) if batch.mask[i]]
-    advantages = np.array([float(batch.advantages[i]) for i in keep])
-    if norm_adv:
-        advantages = (advantages - advantages.mean()) / (advantages.std(ddof=1) + 1e-8)
-    policy, value, entropy, clipped = [], [], [], 0
-    for i, advantage in zip(keep, advantages):
-        probs = np.exp(logits[i].double().numpy())
-        probs /= probs.sum()
-        ratio = probs[batch.actions[i]] / math.exp(batch.log_probs[i])
-        clipped_ratio = float(np.clip(ratio, 1 - clip, 1 + clip))
-        policy.append(-min(ratio * advantage, clipped_ratio * advantage))
-        clipped += abs(ratio - 1) > clip
-        new, old, target = (float(x[i]) for x in (values, batch.values, batch.returns))
-        error = (new - target) ** 2
-        if clip_vloss:
-            error = max(error, (old + float(np.clip(new - old, -clip, clip)) - target) ** 2)
-        value.append(0.5 * error)
-        entropy.append(-(probs * np.log(probs)).sum())
-    return np.mean(policy), np.mean(value), np.mean(entropy), clipped / len(keep)
-
-
-def loss_of(logits, values, batch, norm_adv=True, clip_vloss=True):
-    """The loss of a minibatch and its parts, as an update comes to them."""
-    weighed = script.weigh(batch, norm_adv)
-    return script.ppo_loss(logits, values, *weighed, 0.1, 0.01, 0.5, clip_vloss)
-
-
-@pytest.mark.parametrize("norm_adv", [True, False])
-@pytest.mark.parametrize("clip_vloss", [True, False])
-def test_the_loss_is_the_formulas(norm_adv, clip_vloss):
-    logits, values, batch = random_batch()
-    loss, parts = loss_of(logits, values, batch, norm_adv=norm_adv, clip_vloss=clip_vloss)
-    parts = dict(zip(script.LOSS_NAMES, parts.tolist()))
-    policy, value, entropy, clipfrac = direct_loss(logits, values, batch, 0.1, norm_adv, clip_vloss)
-    assert parts["policy_loss"] == pytest.approx(policy, rel=1e-4)
-    assert parts["value_loss"] == pytest.approx(value, rel=1e-4)
-    assert parts["entropy"] == pytest.approx(entropy, rel=1e-4)
-    assert parts["clipfrac"] == pytest.approx(clipfrac)
-    assert float(loss) == pytest.approx(policy - 0.01 * entropy + 0.5 * value, rel=1e-4)
-
-
-def test_an_unchanged_policy_has_no_divergence_and_clips_nothing():
-    logits, values, batch = random_batch()
-    log_probs = logits.log_softmax(-1).gather(-1, batch.actions[:, None]).squeeze(-1)
-    _, parts = loss_of(logits, values, batch._replace(log_probs=log_probs))
-    parts = dict(zip(script.LOSS_NAMES, parts.tolist()))
-    assert parts["approx_kl"] == parts["old_approx_kl"] == parts["clipfrac"] == 0
-
-
-def test_steps_that_the_agent_did_not_decide_change_nothing():
-    logits, values, batch = random_batch()
-    junk = {
-        name: torch.where(batch.mask, getattr(batch, name), torch.full_like(values, 99.0))
-        for name in ("log_probs", "values", "advantages", "returns")
-    }
-    results = []
-    for one in (batch, batch._replace(**junk)):
-        leaf = logits.clone().requires_grad_()
-        loss, parts = loss_of(leaf, values, one)
-        loss.backward()
-        results.append((loss.item(), parts.tolist(), leaf.grad))
-    assert results[0][:2] == results[1][:2]
-    assert torch.equal(results[0][2], results[1][2])
-    assert results[0][2][~batch.mask].abs().max() == 0
-    assert results[0][2][batch.mask].abs().min() > 0
-
-
-def test_the_mean_and_variance_under_a_mask_are_those_of_what_it_holds():
-    _, _, batch = random_batch(200)
-    kept = batch.advantages[batch.mask]
-    mean, variance, count = script.masked_moments(batch.advantages, batch.mask)
-    torch.testing.assert_close(mean, kept.mean())
-    torch.testing.assert_close(variance, kept.var())
-    assert count == len(kept)
-
-
-def test_a_variance_under_weights_does_not_depend_on_their_scale():
-    _, _, batch = random_batch(200)
-    weights = torch.rand(200, generator=torch.Generator().manual_seed(1))
-    _, variance, _ = script.masked_moments(batch.advantages, weights)
-    again = script.masked_moments(batch.advantages, weights / 1000)[1]
-    torch.testing.assert_close(again, variance)
-    assert variance == pytest.approx(np.cov(batch.advantages, aweights=weights), rel=1e-4)
-
-
-def test_all_steps_are_learnt_from_once_each_in_an_order_of_chance():
-    _, _, batch = random_batch(200)
-    steps, mask = script.draw_steps(batch, 200, torch.rand(200))
-    assert sorted(steps.tolist()) == list(range(200)) != steps.tolist()
-    assert torch.equal(mask, batch.mask[steps])
-
-
-def test_few_steps_drawn_by_importance_have_the_mean_of_all_and_a_surer_one_than_others_have():
-    _, _, batch = random_batch(4000)
-    batch = batch._replace(advantages=batch.advantages**3)  # a few are large, as in a game
-    kept = batch.advantages[batch.mask]
-    drawn, others = [], []
-    for seed in range(200):
-        keys = torch.rand(4000, generator=torch.Generator().manual_seed(seed))
-        steps, mask = script.draw_steps(batch, 400, keys)
-        assert len(steps) == 400 and batch.mask[steps].all()
-        drawn.append(script.masked_moments(batch.advantages[steps], mask)[0])
-        some = keys.argsort()[:400]
-        others.append(script.masked_moments(batch.advantages[some], batch.mask[some])[0])
-    drawn, others = torch.stack(drawn), torch.stack(others)
-    assert abs(drawn.mean() - kept.mean()) < 4 * drawn.std() / 200**0.5
-    assert drawn.std() < others.std() / 2
-
-
-@pytest.mark.parametrize("advantages", [0.0, 5.0])
-@pytest.mark.parametrize("steps_in_mask", [0, 1, 16])
-def test_steps_that_are_all_alike_can_be_drawn(steps_in_mask, advantages):
-    _, _, batch = random_batch()
-    batch = batch._replace(
-        mask=torch.arange(16) < steps_in_mask, advantages=torch.full((16,), advantages)
-    )
-    for count in (8, 1):
-        steps, mask = script.draw_steps(batch, count, torch.rand(16))
-        assert len(steps) == count and mask.isfinite().all()
-        assert bool(mask.any()) == bool(steps_in_mask)
-
-
-@pytest.mark.parametrize("steps_in_mask", [0, 1])
-def test_a_minibatch_with_hardly_a_decision_gives_finite_numbers(steps_in_mask):
-    logits, values, batch = random_batch()
-    batch = batch._replace(mask=torch.arange(16) < steps_in_mask)
-    loss, parts = loss_of(logits, values, batch)
-    assert loss.isfinite() and parts.isfinite().all()
-
-
-def test_the_network_has_the_usual_names_and_shapes():
-    agent = script.Agent(4)
-    shapes = {name: tuple(tensor.shape) for name, tensor in agent.state_dict().items()}
-    assert shapes["network.0.weight"] == (32, 4, 8, 8)
-    assert shapes["network.2.weight"] == (64, 32, 4, 4)
-    assert shapes["network.4.weight"] == (64, 64, 3, 3)
-    assert shapes["network.7.weight"] == (512, 3136)
-    assert shapes["actor.weight"] == (4, 512) and shapes["critic.weight"] == (1, 512)
-    assert len(shapes) == 12
-
-
-def test_the_first_layers_are_orthogonal_and_the_first_policy_is_about_uniform():
-    torch.manual_seed(0)
-    agent = script.Agent(4)
-    rows = agent.network[0].weight.reshape(32, -1)
-    torch.testing.assert_close(rows @ rows.T, 2 * torch.eye(32), rtol=1e-4, atol=1e-4)
-    logits, values = agent(torch.randint(0, 255, (8, 4, 84, 84), dtype=torch.uint8))
-    assert logits.shape == (8, 4) and values.shape == (8,)
-    assert (logits.softmax(-1) - 0.25).abs().max() < 0.02
-
-
-def test_the_layout_of_the_frames_in_memory_changes_no_result():
-    torch.manual_seed(0)
-    agent = script.Agent(4)
-    frames = torch.randint(0, 255, (8, 4, 84, 84), dtype=torch.uint8)
-    last = frames.contiguous(memory_format=torch.channels_last)
-    assert last.stride() != frames.stride()
-    torch.testing.assert_close(agent(frames), agent(last), rtol=1e-4, atol=1e-5)
-
-
-def test_actions_are_drawn_as_often_as_they_are_likely():
-    logits = torch.tensor([0.5, 0.3, 0.2]).log().expand(20_000, 3)
-    noise = script.gumbel_noise(logits.shape, torch.Generator().manual_seed(0))
-    temperatures = torch.ones(len(logits))
-    actions, log_probs, _ = script.act(lambda frames: (frames, None), logits, temperatures, noise)
-    shares = torch.bincount(actions) / len(actions)
-    torch.testing.assert_close(shares, torch.tensor([0.5, 0.3, 0.2]), atol=0.02, rtol=0)
-    torch.testing.assert_close(log_probs, logits.gather(1, actions[:, None]).squeeze(1))
-
-
-def test_patience_is_lost_in_a_line_and_a_hot_policy_draws_what_it_likes_less():
-    idle = np.array([0, 99, 100, 150, 400])
-    temperatures = script.policy_temperatures(idle, 100)
-    torch.testing.assert_close(temperatures, torch.tensor([1, 1, 1, 1.5, 4]))
-    assert torch.equal(script.policy_temperatures(idle, 0), torch.ones(5)), "endless patience"
-
-    logits = torch.tensor([0.9, 0.09, 0.01]).log().expand(20_000, 3)
-    noise = script.gumbel_noise(logits.shape, torch.Generator().manual_seed(0))
-    temperatures = torch.full((20_000,), 2.0)
-    actions, log_probs, _ = script.act(lambda frames: (frames, None), logits, temperatures, noise)
-    roots = torch.tensor([0.9, 0.09, 0.01]).sqrt()
-    probs = roots / roots.sum()
-    torch.testing.assert_close(torch.bincount(actions) / 20_000, probs, atol=0.02, rtol=0)
-    torch.testing.assert_close(log_probs, probs.log()[actions])
-
-
-def small_run(multithreading=True, **knobs):
-    """Everything that one update needs, small."""
-    config = script.Config(num_envs=2, num_steps=16, num_minibatches=2, update_epochs=2, **knobs)
-    game = script.find_game(config)
-    games = script.make_vector_env(game, 2, multithreading)
-    state = script.make_state(config, game, CPU)
-    rollout = script.make_rollout(16, 2, CPU)
-    rollout.frames[-1] = script.to_blocks(torch.from_numpy(games.reset(config.seed)))
-    return config, games, state, rollout
-
-
-def learn(updates, seed=1, multithreading=True):
-    """The weights after some updates."""
-    config, games, state, rollout = small_run(seed=seed, multithreading=multithreading)
-    for _ in range(updates):
-        script.collect_rollout(state, games, rollout, script.StopRequest())
-        script.update(state, rollout, config, script.StopRequest())
-    return torch.cat([p.flatten() for p in state.agent.parameters()])
-
-
-@pytest.mark.parametrize("multithreading", [True, False])
-def test_the_same_seed_gives_the_same_weights_bit_for_bit(multithreading):
-    first, again = (learn(3, multithreading=multithreading) for _ in range(2))
-    assert torch.equal(first, again)
-    assert not torch.equal(first, learn(3, seed=2, multithreading=multithreading))
-
-
-def test_a_rollout_starts_where_the_last_one_ended():
-    _, games, state, rollout = small_run()
-    script.collect_rollout(state, games, rollout, script.StopRequest())
-    last = rollout.frames[-1].clone()
-    script.collect_rollout(state, games, rollout, script.StopRequest())
-    assert torch.equal(rollout.frames[0], last)
-    assert rollout.frames[1:].float().std() > 0
-
-
-def test_a_rollout_says_what_was_decided_and_which_games_ended():
-    _, games, state, rollout = small_run(max_frames=4 * 10)
-    over = script.collect_rollout(state, games, rollout, script.StopRequest())
-    assert [(t, game.slot, game.length) for t, game in over] == [(10, 0, 10), (10, 1, 10)]
-    assert rollout.dones[9].all() and not rollout.terminated[9].any()
-    assert not rollout.decided[10].any() and rollout.decided[:10].all()
-
-
-@pytest.mark.parametrize("fraction", [1.0, 0.5])
-def test_learning_makes_rewarded_actions_likelier_and_returns_foreseen(fraction):
-    config, _, state, rollout = small_run(learning_rate=1e-3, learn_fraction=fraction)
-    rng = torch.Generator().manual_seed(0)
-    rollout.frames[:] = torch.randint(0, 255, rollout.frames.shape, generator=rng)
-    rollout.actions[:] = torch.randint(4, rollout.actions.shape, generator=rng)
-    rollout.rewards[:] = (rollout.actions == 2).float()
-    rollout.dones[:] = rollout.terminated[:] = rollout.decided[:] = True
-    rollout.log_probs[:] = math.log(0.25)
-    for _ in range(8):
-        losses = script.update(state, rollout, config, script.StopRequest())
-        logits, values = state.agent(rollout.frames[:-1].flatten(0, 1))
-        log_probs = logits.detach().log_softmax(-1)
-        rollout.values[:-1] = values.detach().reshape(16, 2)
-        rollout.log_probs[:] = log_probs.gather(1, rollout.actions.reshape(-1, 1)).reshape(16, 2)
-    assert log_probs.exp().mean(0).argmax() == 2
-    assert log_probs.exp().mean(0)[2] > 0.5
-    assert losses["explained_variance"] > 0.5
+def test_an_update_learns_returns_with_gamma_lambda_and_life_cost(seen):
+    rollout = random_rollout()
+    update(new_state(), rollout, one_batch(gamma=0.9, gae_lambda=0.5, life_cost=0.25))
+    rewards, values = rollout["rewards"] - 0.25 * rollout["terminated"], rollout["values"]
+    ends = (rollout["terminated"], rollout["truncated"])
+    wanted = slow_gae(rewards, values, *ends, 0.9, 0.5) + values[:-1]
+    # The batch is in random order, but no two steps have the same log probability.
+    wanted = wanted.flatten()[rollout["log_probs"].flatten().argsort()]
+    (batch,) = seen
+    torch.testing.assert_close(batch["returns"][batch["log_probs"].argsort()], wanted)
 
 
 @pytest.mark.parametrize("cost", [0.0, 3.0])
-def test_a_lost_life_costs_what_it_is_said_to_and_a_cut_off_nothing(cost):
-    config, _, state, rollout = small_run(life_cost=cost, gamma=0.0)
-    rollout.decided[:] = rollout.dones[:] = True
-    rollout.terminated[:, 0] = True  # the second game is cut off at every step
-    rollout.rewards[:] = 1
-    rollout.frames[:, 0] = 255  # by which a step of the first game is known
-    loss, seen = state.loss, []
-
-    def look(agent, batch, *others):
-        seen.append((batch.frames.float().mean((1, 2, 3)) == 255, batch.returns))
-        return loss(agent, batch, *others)
-
-    state.loss = look
-    script.update(state, rollout, config, script.StopRequest())
-    first, returns = (torch.cat(x) for x in zip(*seen))
-    assert first.sum() == len(first) / 2
-    torch.testing.assert_close(returns, torch.where(first, 1 - cost, 1.0))
+def test_a_lost_life_costs_life_cost_and_a_truncation_nothing(seen, cost):
+    rollout = random_rollout()
+    rollout["rewards"].fill_(1)
+    rollout["terminated"][:, 0] = rollout["truncated"][:, 1] = True
+    rollout["actions"][:] = torch.tensor([0, 1])  # which tells the two games apart
+    update(new_state(), rollout, one_batch(life_cost=cost, gamma=0.0))
+    wanted = torch.where(seen[0]["actions"] == 0, 1 - cost, 1.0)
+    torch.testing.assert_close(seen[0]["returns"], wanted)
 
 
-def test_a_new_agent_has_patience_unless_the_user_says_otherwise():
-    for knobs, patience in (({}, 250), ({"patience": 0.0}, 0), ({"patience": 9.0}, 9)):
-        assert small_run(**knobs)[2].agent.patience == patience
+# ---- Minibatches ----
 
 
-def test_what_was_played_in_heat_is_learnt_in_the_same_heat():
-    config, games, state, rollout = small_run(patience=4, learning_rate=0.0)
-    state.agent.actor.weight.data *= 100  # so that the heat makes a difference
-    script.collect_rollout(state, games, rollout, script.StopRequest())
-    assert rollout.temperatures[:4].max() == 1 and rollout.temperatures.max() >= 3
-    assert abs(script.update(state, rollout, config, script.StopRequest())["approx_kl"]) < 1e-6
-    rollout.temperatures[:] = 1
-    assert script.update(state, rollout, config, script.StopRequest())["approx_kl"] > 1e-3
+def steps_batch(size):
+    """Steps with heavy-tailed advantages, some of them not decided."""
+    rng = torch.Generator().manual_seed(0)
+    advantages = torch.randn(size, generator=rng) ** 3 + 0.5
+    weights = (torch.rand(size, generator=rng) < 0.7).float()
+    return {"steps": torch.arange(size), "advantages": advantages, "weights": weights}
 
 
-def test_a_sharpened_agent_thinks_alike_but_hesitates_less():
-    said = []
-    for factor in (1.0, 2.0):
-        *_, state, rollout = small_run(model_filename="ai_breakout_game.mdl", sharpen=factor)
-        with torch.no_grad():
-            said.append(state.agent(rollout.frames[-1]))
-    (logits, values), (sharp_logits, same_values) = said
-    torch.testing.assert_close(sharp_logits, 2 * logits)
-    assert torch.equal(values, same_values)
+def epoch(batch, seed=0, **settings):
+    generator = torch.Generator().manual_seed(seed)
+    return list(script.minibatches(batch, new_config(**settings), generator))
 
 
-def test_a_target_kl_ends_an_update_early():
-    config, games, state, rollout = small_run(learning_rate=1e-2, target_kl=1e-6)
-    steps = 0
-    step, state.optimizer.step = state.optimizer.step, lambda: None
+def test_an_epoch_uses_each_step_once_in_random_order():
+    first, second = (epoch(steps_batch(64), seed, num_minibatches=4) for seed in (0, 1))
+    assert [len(minibatch["steps"]) for minibatch in first] == [16] * 4
+    order, other = (torch.cat([x["steps"] for x in epoch]).tolist() for epoch in (first, second))
+    assert sorted(order) == sorted(other) == list(range(64))
+    assert order != sorted(order) and order != other
 
-    def count():
-        nonlocal steps
-        steps += 1
-        step()
 
-    state.optimizer.step = count
-    script.collect_rollout(state, games, rollout, script.StopRequest())
-    script.update(state, rollout, config, script.StopRequest())
-    assert steps == config.num_minibatches, "one epoch of two"
+def test_a_fraction_of_the_steps_is_sampled_in_equal_minibatches():
+    batch = steps_batch(4000)
+    sampled = epoch(batch, learn_fraction=0.1, num_minibatches=4)
+    assert [len(minibatch["steps"]) for minibatch in sampled] == [100] * 4
+    for minibatch in sampled:
+        steps = minibatch["steps"]
+        assert torch.equal(minibatch["advantages"], batch["advantages"][steps])
+        assert batch["weights"][steps].all(), "steps that were not decided are never sampled"
+
+
+def sampled_means(x, batch):
+    """300 estimates of the weighted mean of `x`, each from a tenth of the steps, by importance
+    sampling and by uniform sampling.
+    """
+    by_importance, uniformly = [], []
+    for seed in range(300):
+        (sample,) = epoch(batch, seed, learn_fraction=0.1, num_minibatches=1)
+        by_importance.append((x[sample["steps"]] * sample["weights"]).mean())
+        some = torch.randint(len(x), (len(x) // 10,), generator=torch.Generator().manual_seed(seed))
+        uniformly.append((x[some] * batch["weights"][some]).mean())
+    return torch.stack(by_importance), torch.stack(uniformly)
+
+
+@pytest.mark.parametrize("power", [1, 2])
+def test_importance_sampling_does_not_bias_means(power):
+    batch = steps_batch(2000)
+    x = batch["advantages"] ** power
+    estimates, _ = sampled_means(x, batch)
+    error = estimates.mean() - (x * batch["weights"]).mean()
+    assert abs(error) < 4 * estimates.std() / 300**0.5
+
+
+def test_importance_sampling_estimates_the_mean_advantage_with_half_the_deviation():
+    batch = steps_batch(2000)
+    by_importance, uniformly = sampled_means(batch["advantages"], batch)
+    assert by_importance.std() < uniformly.std() / 2
+
+
+@FRACTIONS
+@pytest.mark.parametrize("decided", [0, 1, 32])
+@pytest.mark.parametrize("reward", [0.0, 5.0])
+def test_steps_that_are_all_alike_or_hardly_decided_give_finite_numbers(fraction, decided, reward):
+    rollout, state = random_rollout(), new_state()
+    rollout["rewards"].fill_(reward)
+    rollout["values"].zero_()
+    rollout["terminated"].fill_(True)
+    rollout["decided"].copy_((torch.arange(32) < decided).view(T, N))
+    losses = update(state, rollout, new_config(learn_fraction=fraction))
+    assert all(map(math.isfinite, losses.values())) and weights_of(state).isfinite().all()
+
+
+# ---- The loss ----
+
+
+def test_moments_are_the_weighted_mean_and_variance_and_the_sum_of_the_weights():
+    rng = np.random.default_rng(0)
+    x, weights = rng.normal(3, 2, 200), rng.random(200) * (rng.random(200) < 0.7)
+    mean = np.average(x, weights=weights)
+    wanted = mean, np.average((x - mean) ** 2, weights=weights), weights.sum()
+    got = script.masked_moments(torch.tensor(x), torch.tensor(weights))
+    assert [float(number) for number in got] == pytest.approx(wanted)
+
+
+@pytest.fixture
+def minibatch():
+    """What the network says now of 16 steps, and the steps."""
+    rng = torch.Generator().manual_seed(0)
+    logits, values = torch.randn(16, 4, generator=rng), torch.randn(16, generator=rng)
+    batch = {x: torch.randn(16, generator=rng) for x in ("advantages", "returns", "log_probs")}
+    batch["log_probs"] = logits.log_softmax(-1)[:, 2] + 0.2 * batch["log_probs"]
+    weights = torch.rand(16, generator=rng)
+    return (
+        logits,
+        values,
+        batch | {"actions": torch.full((16,), 2), "weights": weights / weights.sum()},
+    )
+
+
+@pytest.mark.parametrize("clip", [0.1, 0.3])
+def test_the_loss_is_that_of_the_formulas(minibatch, clip):
+    losses = script.ppo_loss(*minibatch, new_config(clip_coef=clip, ent_coef=0.02, vf_coef=0.7))
+    logits, values = (x.double().numpy() for x in minibatch[:2])
+    batch = {name: x.double().numpy() for name, x in minibatch[2].items()}
+    probs, weights = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True), batch["weights"]
+    ratio, advantages = probs[:, 2] / np.exp(batch["log_probs"]), batch["advantages"]
+    gains = ratio * advantages, np.clip(ratio, 1 - clip, 1 + clip) * advantages
+    policy = -(weights * np.minimum(*gains)).sum()
+    value = (weights * (values - batch["returns"]) ** 2).sum() / 2
+    entropy = -(weights * (probs * np.log(probs)).sum(-1)).sum()
+    wanted = {"policy_loss": policy, "value_loss": value, "entropy": entropy}
+    wanted["approx_kl"] = (weights * (ratio - 1 - np.log(ratio))).sum()
+    wanted["clipfrac"] = (weights * (abs(ratio - 1) > clip)).sum()
+    wanted["loss"] = policy + 0.7 * value - 0.02 * entropy
+    assert 0 < wanted["clipfrac"] < 1
+    assert {name: float(losses[name]) for name in wanted} == pytest.approx(wanted, rel=1e-4)
+
+
+def test_an_unchanged_policy_has_no_divergence_and_clips_nothing(minibatch):
+    logits, values, batch = minibatch
+    batch = batch | {"log_probs": logits.log_softmax(-1)[:, 2]}
+    losses = script.ppo_loss(logits, values, batch, CONFIG)
+    assert losses["approx_kl"] == losses["clipfrac"] == 0
+
+
+@FRACTIONS
+def test_advantages_are_normalized_in_each_minibatch(seen, fraction):
+    update(new_state(), random_rollout(), new_config(learn_fraction=fraction, update_epochs=1))
+    assert len(seen) == 2
+    for batch in seen:
+        moments = [(batch["weights"] * batch["advantages"] ** n).sum() for n in range(3)]
+        assert [float(moment) for moment in moments] == pytest.approx([1, 0, 1], abs=1e-4)
+
+
+# ---- Updates ----
+
+
+@FRACTIONS
+def test_steps_that_the_agent_did_not_decide_change_no_weight(fraction):
+    rollout, junk = random_rollout(), random_rollout()
+    undecided = ~junk["decided"]
+    junk["rewards"][undecided], junk["log_probs"][undecided] = 50.0, -9.0
+    junk["actions"][undecided], junk["temperatures"][undecided] = 3, 7.0
+    junk["values"][6, 0] = 60.0  # but the value at [10, 1] is what follows the truncation
+    states = new_state(), new_state()
+    losses = [
+        update(state, steps, new_config(learn_fraction=fraction))
+        for state, steps in zip(states, (rollout, junk))
+    ]
+    assert torch.equal(*map(weights_of, states)) and losses[0] == losses[1]
+
+
+FIELDS = dataclasses.fields(script.Config)
+PPO_FLAGS = [field for field in FIELDS if field.metadata["group"] == "PPO"]
+
+
+@pytest.mark.parametrize("field", PPO_FLAGS, ids=lambda field: field.name)
+def test_every_ppo_flag_changes_what_is_learnt(field):
+    value = getattr(CONFIG, field.name)
+    other = not value if field.type is bool else field.type(value / 2 if value else 0.5)
+    learnt = []
+    for config in (CONFIG, new_config(**{field.name: other})):
+        state, rollout = new_state(), random_rollout()
+        state.update = 2  # of 10: annealing has begun
+        rollout = {name: x[: config.num_steps + len(x) - T] for name, x in rollout.items()}
+        update(state, rollout, config)
+        learnt.append(weights_of(state))
+    assert not torch.equal(*learnt)
+
+
+def test_training_plays_rollouts_and_anneals_as_its_flags_say(monkeypatch, tmp_path):
+    seen = []
+
+    def learn(state, rollout, config):
+        seen.append((tuple(rollout["actions"].shape), config.learning_rate))
+        state.update += 1
+        return {}
+
+    monkeypatch.setattr(script, "learn", learn)
+    monkeypatch.chdir(tmp_path)
+    config = new_config(num_steps=8, total_timesteps=32, learning_rate=0.1)
+    script.train(config, new_state(), tmp_path / "runs")
+    assert seen == [((8, 2), 0.1), ((8, 2), 0.05)]
+
+
+@pytest.mark.parametrize(("anneal", "wanted"), [(True, [1, 0.75, 0.5, 0.25]), (False, [1] * 4)])
+def test_the_learning_rate_falls_linearly_or_stays(anneal, wanted):
+    config = new_config(total_timesteps=128, learning_rate=1.0, anneal_lr=anneal)
+    assert [script.anneal(config, update).learning_rate for update in range(4)] == wanted
 
 
 def test_the_gradient_is_clipped_as_a_whole():
-    config, games, state, rollout = small_run(max_grad_norm=1e-3)
-    norms = []
-    step = state.optimizer.step
+    gradients, norms = [], []
+    for limit in (1e9, 1e-3):
+        state = new_state()
 
-    def measure():
-        grads = [p.grad.flatten() for p in state.agent.parameters()]
-        norms.append(torch.cat(grads).norm().item())
-        step()
+        def measure(state=state, step=state.optimizer.step):
+            gradients.append(torch.cat([x.grad.flatten() for x in state.agent.parameters()]))
+            step()
 
-    state.optimizer.step = measure
-    script.collect_rollout(state, games, rollout, script.StopRequest())
-    script.update(state, rollout, config, script.StopRequest())
-    assert len(norms) == 4 and max(norms) <= 1.01e-3
-
-
-@pytest.mark.parametrize("anneal", [True, False])
-def test_the_learning_rate_falls_in_a_line_to_zero_if_it_falls(anneal):
-    config = script.Config(total_timesteps=1024 * 4, learning_rate=1.0, anneal_lr=anneal)
-    state = small_run()[2]
-    rates = []
-    for update in range(config.num_updates):
-        state.update = update
-        rates.append(script.anneal(config, state))
-        assert state.optimizer.param_groups[0]["lr"] == rates[-1]
-    assert rates == ([1.0, 0.75, 0.5, 0.25] if anneal else [1.0] * 4)
+        state.optimizer.step = measure
+        norms.append(update(state, random_rollout(), one_batch(max_grad_norm=limit))["grad_norm"])
+    whole, clipped = gradients
+    torch.testing.assert_close(clipped, whole * (1e-3 / whole.norm()), rtol=1e-3, atol=1e-9)
+    assert norms == pytest.approx([float(whole.norm())] * 2, rel=1e-3), "logged before clipping"
 
 
-def test_a_stop_leaves_the_weights_between_two_steps():
-    config, games, state, rollout = small_run()
-    before = copy.deepcopy(state.agent.state_dict())
-    stop = script.StopRequest()
-    stop.requested = True
-    script.collect_rollout(state, games, rollout, stop)
-    assert not rollout.frames[1:-1].any(), "no step was taken"
-    assert script.update(state, rollout, config, stop) == {}
-    assert all(torch.equal(before[name], x) for name, x in state.agent.state_dict().items())
+@FRACTIONS
+def test_learning_makes_rewarded_actions_likelier_and_returns_expected(fraction):
+    config = new_config(learn_fraction=fraction, life_cost=0.0, anneal_lr=False)
+    state, rollout, explained = new_state(), random_rollout(), []
+    rollout["rewards"].copy_(rollout["actions"] == 2)
+    rollout["terminated"].fill_(True)
+    rollout["decided"].fill_(True)
+    for _ in range(10):
+        with torch.no_grad():
+            logits, values = state.agent(rollout["frames"][:-1].flatten(0, 1))
+        log_probs = logits.log_softmax(-1)
+        rollout["values"][:-1] = values.view(T, N)
+        taken = log_probs.gather(1, rollout["actions"].view(-1, 1))
+        rollout["log_probs"].copy_(taken.view(T, N))
+        explained.append(update(state, rollout, config)["explained_variance"])
+    assert log_probs[:, 2].exp().mean() > 0.4
+    assert explained[-1] > max(0.5, explained[0] + 0.3)
 
 
-@pytest.mark.parametrize("size", [8, 256])
-def test_the_hidden_layer_is_a_linear_layer_whatever_multiplies_it(size):
-    layer = script.Dense(3136, 512)
-    x, weights = torch.randn(size, 3136, requires_grad=True), torch.randn(size, 512)
-    results = []
-    for y in (layer(x), torch.nn.functional.linear(x, layer.weight, layer.bias)):
-        inputs = (x, layer.weight, layer.bias)
-        results.append([y, *torch.autograd.grad((y * weights).sum(), inputs)])
-    for got, wanted in zip(*results):
-        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-3)
+@functools.cache
+def two_games(native):
+    """Two games that tests share; each resets them."""
+    return script.Games(new_config(multithreading=native), N)
 
 
-# ------------------------------------------------------------------------ compiled, and in 16 bits
+def test_steps_are_learnt_at_the_temperature_at_which_they_were_played():
+    games, rollout, state = two_games(True), script.make_rollout(T, N, CPU), new_state()
+    config, state.agent.patience = new_config(learning_rate=0.0), 4.0
+    state.agent.actor.weight.data *= 100  # so that the temperature makes a difference
+    games.reset(1)
+    script.collect_rollout(state, games, rollout)
+    assert rollout["temperatures"].max() > 3
+    assert abs(update(state, rollout, config)["approx_kl"]) < 1e-6
+    rollout["temperatures"].fill_(1)
+    assert update(state, rollout, config)["approx_kl"] > 1e-3
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_compiled_code_plays_and_learns_the_same(precision):
-    rollouts, weights, losses = [], [], []
-    for compile in (False, True):
-        config, games, state, rollout = small_run(compile=compile, precision=precision)
-        script.collect_rollout(state, games, rollout, script.StopRequest())
-        losses.append(script.update(state, rollout, config, script.StopRequest()))
-        rollouts.append(rollout)
-        weights.append(state.agent.state_dict())
-    bound = {"float32": 1e-5, "bfloat16": 1e-2}[precision]
-    plain, compiled = rollouts
-    assert torch.equal(plain.actions, compiled.actions)
-    assert torch.equal(plain.frames, compiled.frames)
-    torch.testing.assert_close(compiled.values, plain.values, rtol=bound, atol=bound)
-    assert weights[0].keys() == weights[1].keys(), "the same file, compiled or not"
-    for name, weight in weights[0].items():
-        # Adam moves a weight by its rate at most, whatever the gradient, so twice that is the most
-        # that four steps of a different sign could come to where the gradient is next to nothing.
-        atol = {"float32": 2e-6, "bfloat16": 2 * 4 * config.learning_rate}[precision]
-        torch.testing.assert_close(weights[1][name], weight, rtol=1e-4, atol=atol)
-    assert losses[1] == pytest.approx(losses[0], rel=20 * bound, abs=20 * bound)
+@pytest.mark.parametrize("native", [True, False], ids=["native", "python"])
+def test_a_seed_gives_the_same_weights_bit_for_bit_and_another_seed_others(native):
+    games, rollout, learnt = two_games(native), script.make_rollout(8, N, CPU), []
+    for seed in (1, 1, 2):
+        state = script.make_state(new_config(seed=seed))
+        games.reset(seed)
+        for _ in range(3):
+            script.collect_rollout(state, games, rollout)
+            update(state, rollout, new_config(num_steps=8, update_epochs=1))
+        learnt.append(weights_of(state))
+    assert torch.equal(learnt[0], learnt[1]) and not torch.equal(learnt[0], learnt[2])
 
 
-def test_what_cannot_be_compiled_is_refused_or_left_as_it_is(monkeypatch):
-    def fail(function):
-        raise RuntimeError("no compiler\nand much more")
-
-    monkeypatch.setattr(torch, "compile", fail)
-    with pytest.raises(script.UserError, match=r"--compile=yes does not work .*: no compiler$"):
-        script.pick_compiler(True, CPU)
-    assert script.pick_compiler(None, CPU)(script.act) is script.act
+@pytest.mark.parametrize("name", ["rewards", "values", "log_probs"])
+def test_a_rollout_that_is_not_finite_ends_the_run(name):
+    rollout = random_rollout()
+    rollout[name][3, 1] = math.nan
+    with pytest.raises(FloatingPointError, match="update 1 diverged"):
+        update(new_state(), rollout)
 
 
-@pytest.fixture(scope="module")
-def played():
-    """What 16 bits are measured on: real frames, and an agent whose actions are not all alike."""
-    _, games, state, rollout = small_run(precision="float32", seed=4)
-    script.collect_rollout(state, games, rollout, script.StopRequest())
-    torch.nn.init.orthogonal_(state.agent.actor.weight, 1.0)
-    return state.agent, rollout.frames.flatten(0, 1)
+def test_a_gradient_that_is_not_finite_ends_the_run():
+    state = new_state()
+    state.agent.critic.bias.register_hook(lambda gradient: gradient * math.inf)
+    with pytest.raises(FloatingPointError, match="--learning-rate"):
+        update(state, random_rollout(), one_batch())
 
 
-def gradient_of(agent, frames, precision):
-    """Outputs, and a gradient through all layers as one vector, with the layers in `precision`."""
-    agent.precision = precision
-    agent.zero_grad()
-    logits, values = agent(frames)
-    (-logits.log_softmax(-1)[:, 1] + values.square()).mean().backward()
-    return logits, values, torch.cat([p.grad.flatten() for p in agent.parameters()])
+# ---- The state of a run ----
 
 
-def test_the_gradient_in_16_bits_points_where_it_points_in_32(played):
-    exact, rounded = (gradient_of(*played, x) for x in (torch.float32, torch.bfloat16))
-    assert rounded[2].dtype == torch.float32 and not torch.equal(exact[2], rounded[2])
-    assert torch.cosine_similarity(exact[2], rounded[2], dim=0) > 0.999
-    torch.testing.assert_close(rounded[2].norm(), exact[2].norm(), rtol=0.01, atol=0)
+@pytest.fixture
+def learning():
+    """A state in the middle of a run."""
+    state = new_state()
+    update(state, random_rollout())
+    state.global_step, state.num_games, state.best_mean = 3200, 5, 2.5
+    state.scores.extend([1.0, 4.0])
+    state.generator.manual_seed(77)
+    return state
 
 
-def test_the_policy_in_16_bits_is_the_policy_in_32(played):
-    exact, rounded = (gradient_of(*played, x) for x in (torch.float32, torch.bfloat16))
-    assert exact[0].softmax(-1).std() > 0.01, "not all actions are alike"
-    torch.testing.assert_close(rounded[0].softmax(-1), exact[0].softmax(-1), rtol=0, atol=0.01)
-    torch.testing.assert_close(rounded[1], exact[1], rtol=0.02, atol=0.02)
+def restored(state, **changes):
+    """A new state of another seed into which `state` was loaded from a file, with `changes`."""
+    file, other = io.BytesIO(), new_state(seed=9)
+    torch.save(state.state_dict() | changes, file)
+    file.seek(0)
+    other.load_state_dict(torch.load(file, weights_only=True))
+    return other
 
 
-@pytest.mark.parametrize(
-    ("processor", "wanted"),
-    [
-        ({"cpu_name": "AMD EPYC", "avx512_bf16": True}, torch.bfloat16),
-        ({"cpu_name": "Intel Xeon", "avx512_bf16": True, "amx_bf16": True}, torch.bfloat16),
-        ({"cpu_name": "Intel Xeon", "avx512_bf16": True, "amx_bf16": False}, torch.float32),
-        ({"cpu_name": "AMD EPYC", "avx512_bf16": False}, torch.float32),
-    ],
-)
-def test_auto_takes_16_bits_only_where_the_processor_multiplies_them_fast(
-    processor, wanted, monkeypatch
-):
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: processor)
-    assert script.pick_precision("auto", CPU) == wanted
-    assert script.pick_precision("float32", CPU) == torch.float32
-    with pytest.raises(script.UserError, match="--precision=half is neither"):
-        script.Config(precision="half")
+def test_a_restored_state_learns_the_same_bit_for_bit(learning):
+    states = learning, restored(learning)
+    assert torch.equal(*map(weights_of, states))
+    for state in states:
+        update(state, random_rollout(1))
+    assert torch.equal(*map(weights_of, states)), "also moments of Adam and random numbers agree"
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("channels", "kernel", "stride", "side"), [(4, 8, 4, 84), (32, 4, 2, 20)])
-def test_a_convolution_in_blocks_is_the_same_convolution(dtype, channels, kernel, stride, side):
-    torch.manual_seed(0)
-    layer = script.BlockConv(channels, 16, kernel, stride).to(dtype)
-    x = torch.randn(64, channels, side, side).to(dtype)
-    wanted = torch.nn.functional.conv2d(x.float(), layer.weight.float(), layer.bias.float(), stride)
-    rounding = 1e-5 if dtype == torch.float32 else 0.02
-    for given in (x, script.to_blocks(x, stride)):
-        torch.testing.assert_close(layer(given).float(), wanted, rtol=rounding, atol=rounding)
+def test_a_restored_state_has_its_counters_and_scores(learning):
+    other = restored(learning)
+    assert (other.update, other.global_step, other.num_games, other.best_mean) == (1, 3200, 5, 2.5)
+    assert list(other.scores) == [1.0, 4.0] and other.mean_score == 2.5
+    other.scores.extend(range(200))
+    assert len(other.scores) == 100
+
+
+def test_the_generator_of_another_kind_of_device_is_left_out(learning):
+    other = restored(learning, generator=torch.zeros(16, dtype=torch.uint8))
+    assert other.update == 1 and torch.equal(weights_of(learning), weights_of(other))
+    assert torch.rand(9, generator=other.generator).std() > 0
