@@ -151,9 +151,8 @@ def game_settings(env_id: str) -> dict[str, Any]:
     if env_id not in known:
         short = {name.removeprefix("ALE/").split("-")[0].lower(): name for name in known}
         asked = env_id.removeprefix("ALE/").split("-")[0].lower().replace("deterministic", "")
-        near = [short[name] for name in difflib.get_close_matches(asked, short)]
-        hint = f"; did you mean {' or '.join(near)}?" if near else ""
-        raise UserError(f"--env-id={env_id} is not an ALE game{hint}")
+        near = [short[x] for x in difflib.get_close_matches(asked, short)] or [Config.env_id]
+        raise UserError(f"--env-id={env_id} is not an ALE game; did you mean {' or '.join(near)}?")
     return known[env_id] | {"full_action_space": FULL_ACTION_SPACE}
 
 
@@ -163,19 +162,14 @@ def action_names(env_id: str) -> list[str]:
     return AtariEnv(**game_settings(env_id)).get_action_meanings()
 
 
-def fire_action(names: list[str]) -> int | None:
-    """The number of the action FIRE, which serves the ball, in games that have it."""
-    return names.index("FIRE") if "FIRE" in names else None
-
-
 class FireResetEnv(gym.Wrapper):
     """Presses FIRE after a reset: before that, Breakout has no ball."""
 
     def reset(self, **kwargs: Any) -> tuple[np.ndarray, dict]:
         obs, info = self.env.reset(**kwargs)
-        fire = fire_action(self.unwrapped.get_action_meanings())
-        if fire is not None:
-            obs, _, _, _, info = self.env.step(fire)
+        names = self.unwrapped.get_action_meanings()
+        if "FIRE" in names:
+            obs, _, _, _, info = self.env.step(names.index("FIRE"))
         return obs, info
 
 
@@ -262,7 +256,7 @@ class Games:
     def __init__(self, config: Config, num_envs: int, keep_rgb: bool = False) -> None:
         self.env, self.num_envs = make_vector_env(config, num_envs, keep_rgb), num_envs
         self.action_names = action_names(config.env_id)
-        self.fire = fire_action(self.action_names)
+        self.fire = self.action_names.index("FIRE") if "FIRE" in self.action_names else None
 
     def reset(self, *entropy: int) -> None:
         """Start new games, with seeds that SeedSequence derives from the numbers `entropy`."""
@@ -974,7 +968,7 @@ def play_games(agent: Agent, config: Config) -> list[FinishedGame]:
     """
     slots, finished = min(config.evaluate, 32), []
     shares, bar = np.bincount(np.arange(config.evaluate) % slots), progress_bar(None, "step")
-    with contextlib.suppress(KeyboardInterrupt):
+    with contextlib.suppress(KeyboardInterrupt), output():
         for _, _, result in run_episodes(agent, Games(config, slots), config, config.seed):
             counted = [game for game in result.finished if shares[game.slot]]
             shares[[game.slot for game in counted]] -= 1
@@ -982,6 +976,7 @@ def play_games(agent: Agent, config: Config) -> list[FinishedGame]:
             advance(bar, slots, f"{len(finished)} of {config.evaluate} games")
             if not shares.any():
                 break
+        bar.close()
     return finished
 
 
@@ -1096,7 +1091,7 @@ class Recorder:
     def __init__(self, path: Path) -> None:
         self.path, self.is_gif, self.count = path, path.suffix.lower() == ".gif", 0
         self.video, self.images = None, []
-        path.touch()  # an error is raised now, not at the end
+        open(path, "ab").close()  # an error is raised now, not at the end
 
     def add(self, picture: np.ndarray) -> None:
         """Add the picture of the next emulator frame, (height, width, 3) uint8 BGR."""
@@ -1107,8 +1102,10 @@ class Recorder:
                 self.images.append(image.quantize(128, dither=Image.Dither.NONE))
         else:
             if self.video is None:  # H.264 with 4:2:0 colour plays in every browser
-                self.video = av.open(self.path, "w", options={"movflags": "hybrid_fragmented"})
-                options = {"preset": "veryfast", "crf": "20"}
+                # A fragmented file can be played even if the process dies.
+                options = {"movflags": "hybrid_fragmented", "flush_packets": "1"}
+                self.video = av.open(self.path, "w", options=options)
+                options = {"preset": "veryfast", "crf": "20", "g": "60"}
                 stream = self.video.add_stream("libx264", rate=EMULATOR_FPS, options=options)
                 stream.height, stream.width, stream.pix_fmt = *picture.shape[:2], "yuv420p"
                 self.video.start_encoding()  # raises on a full disk, where `encode` would crash
@@ -1134,10 +1131,10 @@ def record(config: Config, agent: Agent, _: Path) -> None:
     seconds = config.seconds or (recorder.GIF_SECONDS if recorder.is_gif else math.inf)
     with contextlib.suppress(KeyboardInterrupt):  # what was recorded is kept
         for pictures in watch(agent, config, config.seed, scores):
-            recorder.add(np.hstack(pictures))
-            advance(bar, 1, f"{len(scores)} games over")
             if recorder.count >= seconds * EMULATOR_FPS or (scores and not config.seconds):
                 break
+            recorder.add(np.hstack(pictures))
+            advance(bar, 1, f"{len(scores)} games over")
     del bar  # closes it
     say(recorder.close())
 

@@ -25,8 +25,9 @@ TINY = ("--num-envs=1", "--num-steps=8", "--num-minibatches=1", "--update-epochs
 # Each step in Skiing costs points, so games of two steps have scores that differ.
 SKIING = ("--env-id=ALE/Skiing-v5", "--max-frames=8")
 
-# Under nohup, what the tests start would inherit that SIGHUP is ignored.
+# Under nohup SIGHUP is ignored, in the background SIGINT, and processes inherit this.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def run_script(*args, cwd, timeout=240, **env):

@@ -299,7 +299,9 @@ def test_a_terminal_that_is_closed_stops_it_with_all_saved(tmp_path):
 
 
 def test_a_pipe_that_breaks_does_not_end_the_training(tmp_path):
-    process = start(*TINY, "--total-timesteps=80", cwd=tmp_path)
+    often = "init = script.tqdm.__init__\n"  # prints a line after each update
+    often += "script.tqdm.__init__ = lambda *x, **kw: init(*x, **kw | {'mininterval': 0})"
+    process = start(*TINY, "--total-timesteps=80", cwd=tmp_path, before=often)
     wait_until(lambda: list(tmp_path.glob("runs/*/events*")), process)
     process.stdout.close()
     assert process.wait(timeout=60) == 0
@@ -335,13 +337,14 @@ def test_a_full_disk_ends_no_training_and_it_saves_when_there_is_room(here, monk
         filler.unlink()
 
     monkeypatch.setattr(script, "CHECKPOINT_SECONDS", 0)
-    before_rollouts(monkeypatch, {2: fill, 4: make_room, 5: lambda: seen.append(saved_step())})
+    before_rollouts(monkeypatch, {2: fill, 12: make_room, 13: lambda: seen.append(saved_step())})
     with mounted("size=70m"):
-        train(updates=6)
-        output = capsys.readouterr()
-        assert "No space left on device" in output.out and output.err == ""
-        assert seen == [8, 32] and saved_step() == 48
-        assert points(run_of(), "losses/loss")[0][-2:] == [40, 48]
+        train(updates=14)
+        output, errors = capsys.readouterr()
+        for action in ("save", "write curves"):
+            assert re.search(f"cannot {action}.* No space left on device\n", output) and not errors
+        assert seen == [8, 96] and saved_step() == 112
+        assert points(run_of(), "losses/loss")[0][-2:] == [104, 112]
         assert not list(run_of().glob(".*.tmp"))
 
 
