@@ -53,9 +53,9 @@ with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").mallopt(option, value)
 
 try:
-    import ale_py
-    import av
+    import ale_py  # noqa: I001
     import cv2
+    import av  # after cv2: the other way round, cv2 opens no window
     import gymnasium as gym
     import numpy as np
     import torch

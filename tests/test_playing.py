@@ -195,7 +195,8 @@ def test_each_game_is_in_its_row_of_the_histogram(monkeypatch, capsys, scores):
         following = int(high or low) + 1
         assert int(count) == sum(int(low) <= score < following for score in scores)
         assert bool(bar) == (count != "0")
-    assert len(rows) <= 13 and sum(int(count) for _, _, count, _ in rows) == len(scores)
+    assert min(6, np.ptp(scores) + 1) <= len(rows) <= 13
+    assert sum(int(count) for _, _, count, _ in rows) == len(scores)
 
 
 def test_walls_are_counted_beside_human_and_random_play(monkeypatch, capsys):
@@ -449,7 +450,7 @@ def test_a_gif_shows_fifteen_pictures_a_second_of_what_was_played(capsys):
     assert_shows(pictures, expected, tolerance=2)
     assert_wall(pictures[0], tolerance=4)
     megabytes = os.path.getsize("a.gif") / 1e6
-    assert megabytes < 0.4 and f"a.gif: {megabytes:.2f} MB" in capsys.readouterr().out
+    assert megabytes < 0.25 and f"a.gif: {megabytes:.2f} MB" in capsys.readouterr().out
 
 
 def test_an_mp4_shows_sixty_pictures_a_second_of_what_was_played():
@@ -482,11 +483,11 @@ def test_a_recording_of_some_seconds_goes_on_into_the_next_game():
     assert read_pictures("a.gif")[1] == 1.6
 
 
-def test_a_gif_of_a_long_game_ends_after_forty_seconds(monkeypatch):
+def test_a_gif_of_a_long_game_ends_after_forty_seconds(monkeypatch, capsys):
     assert script.Recorder.GIF_SECONDS == 40
     monkeypatch.setattr(script.Recorder, "GIF_SECONDS", 1)
     assert script.main(["--record=a.gif", RANDOM]) == 0
-    assert read_pictures("a.gif")[1] == 1
+    assert read_pictures("a.gif")[1] == 1 and "60 frames," in capsys.readouterr().out
 
 
 TELL_PICTURES = """add = script.Recorder.add
@@ -561,7 +562,7 @@ def asterix():
         drawn, scores = texts_of(patch), []
         torch.manual_seed(1)
         config = script.Config(env_id="AsterixNoFrameskip-v4", max_frames=640)
-        for _ in script.watch(script.Agent(9), config, 1, scores):
+        for _ in script.watch(script.Agent(9), config, 3, scores):
             if len(scores) == 2:
                 break
     for (label, *_), (value, *_) in itertools.pairwise(drawn):
@@ -579,7 +580,7 @@ def test_the_panel_shows_the_true_score_lives_game_and_mean(asterix):
         expected = [f"{score:.0f}", str(lives), str(len(finished) + 1), mean]
         assert [values[i] for values in numbers.values()] == expected
         finished, ended = finished + [score] * bool(over), over
-    assert len(finished) >= 2 and max(finished) >= 50
+    assert len(set(finished)) == 2 and min(finished) >= 50
 
 
 def test_a_game_without_fire_goes_on_after_a_lost_life(asterix):

@@ -298,10 +298,16 @@ def test_a_terminal_that_is_closed_stops_it_with_all_saved(tmp_path):
     assert load(run_of(tmp_path) / "last.mdl")["steps"] > 0
 
 
-def test_a_pipe_that_breaks_does_not_end_the_training(tmp_path):
-    often = "init = script.tqdm.__init__\n"  # prints a line after each update
-    often += "script.tqdm.__init__ = lambda *x, **kw: init(*x, **kw | {'mininterval': 0})"
-    process = start(*TINY, "--total-timesteps=80", cwd=tmp_path, before=often)
+OFTEN = """
+init = script.tqdm.__init__
+script.tqdm.__init__ = lambda *args, **options: init(*args, **options | {"mininterval": 0})
+"""
+
+
+@pytest.mark.parametrize("interval", ["", pytest.param(OFTEN, marks=pytest.mark.slow)])
+def test_a_pipe_that_breaks_does_not_end_the_training(tmp_path, interval):
+    """Whether it prints at the end only or after each update."""
+    process = start(*TINY, "--total-timesteps=80", cwd=tmp_path, before=interval)
     wait_until(lambda: list(tmp_path.glob("runs/*/events*")), process)
     process.stdout.close()
     assert process.wait(timeout=60) == 0
