@@ -156,7 +156,7 @@ class ScriptedVectorEnv:
 
     def step(self, actions):
         self.count += 1
-        self.taken.append(int(actions[0]))
+        self.taken.append(actions.tolist())
         self.lives = self.event("lives", self.lives)
         frames = np.full((self.num_envs, 4, 84, 84), self.count, np.uint8)
         ends = self.event("over", False), self.event("truncated", False)
@@ -185,7 +185,8 @@ def play(games, steps):
         rows.append({name: getattr(games, name)[0] for name in ("scores", "lengths", "idle")})
         rows[-1] |= {name: x[0] for name, x in result._asdict().items() if name != "finished"}
         rows[-1]["finished"] = [tuple(game) for game in result.finished]
-    return {name: [row[name] for row in rows] for name in rows[0]} | {"taken": games.env.taken}
+        rows[-1]["taken"] = games.env.taken[-1][0]
+    return {name: [row[name] for row in rows] for name in rows[0]}
 
 
 Y, N = True, False
@@ -238,6 +239,7 @@ def test_each_game_has_an_account_of_its_own(scripted):
     assert got["finished"] == [[], [], [], [(1, 7, 4)], []]
     assert (games.lengths.tolist(), games.lives.tolist()) == ([5, 0], [4, 5])
     assert got["decided"] == [Y, Y, Y, N, Y] and games.idle.tolist() == [1, 0]
+    assert games.env.taken == [[2, 2], [2, 2], [2, 2], [1, 2], [2, 2]]
 
 
 @pytest.mark.parametrize("action", [-1, 4])
@@ -255,7 +257,8 @@ def test_no_two_games_share_a_seed_even_in_neighbouring_runs(scripted):
         seeds.append(games.env.seeds)
     assert seeds[-1] == seeds[-2], "the same entropy gives the same games"
     seeds = list(itertools.chain(*seeds[:-1]))
-    assert len(set(seeds)) == 48 and min(seeds) >= 0 and max(seeds) < 2**31, "the emulator's range"
+    assert len(set(seeds)) == len(seeds)
+    assert min(seeds) >= 0 and max(seeds) < 2**31, "the emulator's range"
 
 
 def test_a_reset_forgets_scores_lengths_and_pending_serves(scripted):
@@ -263,7 +266,7 @@ def test_a_reset_forgets_scores_lengths_and_pending_serves(scripted):
     play(games, 2)
     games.reset(1)
     assert (games.scores[0], games.lengths[0], games.idle[0]) == (0, 0, 0)
-    assert play(games, 1)["decided"] == [True] and games.env.taken[-1] == 2
+    assert play(games, 1)["decided"] == [True] and games.env.taken[-1] == [2]
 
 
 # ---- Real games ----
@@ -343,7 +346,8 @@ def test_a_plain_loop_over_the_environment_gives_the_scores_of_games(env_id):
 def test_native_and_python_games_are_the_same_bit_for_bit(game, length, no_wait):
     settings = {"env_id": f"{game}NoFrameskip-v4", "max_frames": 4 * length}
     native, python = (new_games(native, **settings) for native in (True, False))
-    native.reset(5), python.reset(5)
+    native.reset(5)
+    python.reset(5)
     assert np.array_equal(native.frames, python.frames)
     rng, events = np.random.default_rng(0), np.zeros(3, int)
     for _ in range(2 * length + 10):
@@ -424,19 +428,20 @@ def test_frames_are_not_overwritten_by_later_steps(native):
     assert np.array_equal(first, kept)
 
 
-class PixelSumAgent(script.Agent):
-    """The sum of all pixels decides its action and is its value: all differences show."""
+class ChecksumAgent(script.Agent):
+    """A checksum of all pixels decides its action and is its value: all differences show."""
 
     def forward(self, frames):
-        sums = frames.long().sum((1, 2, 3))
+        pixels = frames.flatten(1).long()
+        sums = (pixels * torch.arange(pixels.shape[1])).sum(1) % 10_007
         return 1e4 * torch.nn.functional.one_hot(sums % 4, 4).float(), sums.float()
 
 
 @BOTH_WAYS
-def test_playing_and_training_from_one_seed_show_the_agent_the_same_frames(native):
-    config, agent = script.Config(device="cpu", multithreading=native), PixelSumAgent(4)
+def test_playing_and_training_from_one_seed_show_the_agent_the_same_frames(native, monkeypatch):
+    config, agent = script.Config(device="cpu", multithreading=native), ChecksumAgent(4)
     games, resets = two_games(True) if native else script.Games(config, 2, keep_rgb=True), []
-    games.reset = functools.partial(record, resets, games.reset)
+    monkeypatch.setattr(games, "reset", functools.partial(record, resets, games.reset))
     played = list(itertools.islice(script.run_episodes(agent, games, config, 7), 40))
 
     state = script.TrainState(agent, None, torch.Generator().manual_seed(9))
