@@ -1116,7 +1116,8 @@ class Recorder:
     def close(self) -> str:
         """Finish the file. Returns a line about it."""
         if self.video:
-            self.video.mux(self.video.streams.video[0].encode(None))
+            if self.count:  # flushing an empty encoder crashes
+                self.video.mux(self.video.streams.video[0].encode(None))
             self.video.close()
         elif self.images:  # durations are in milliseconds, in steps of ten: 15 pictures a second
             durations = [(70, 60, 70)[i % 3] for i in range(len(self.images))]
