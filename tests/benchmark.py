@@ -76,9 +76,9 @@ def ours(args):
         logger.open(0)
 
         def one_update():
-            script.anneal(state, config)
+            annealed = script.anneal(config, state.update)
             finished = script.collect_rollout(state, games, rollout)
-            logger.log(state, finished, script.learn(state, rollout, config))
+            logger.log(state, finished, script.learn(state, rollout, annealed))
 
         for _ in range(WARM_UP):
             one_update()

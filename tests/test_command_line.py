@@ -136,7 +136,7 @@ def test_a_tilde_in_a_name_is_the_home_folder(started, monkeypatch):
         ("train", "unrecognized .*train"),
         ("--env-id=BreakoutNoFrameSkip-v4", "did you mean BreakoutNoFrameskip-v4"),
         ("--env-id=BreakoutDeterministic-v4", "did you mean (ALE/)?Breakout(NoFrameskip)?-v"),
-        ("--env-id=Brakeout", "did you mean (ALE/)?Breakout(NoFrameskip)?-v"),
+        ("--env-id=PongDeterministic-v4", "did you mean (ALE/)?Pong(NoFrameskip)?-v"),
         ("--env-id=ALE/SpaceInvader-v5", "did you mean .*SpaceInvaders"),
         ("--env-id=CartPole-v1", "CartPole-v1 is not an ALE game"),
         ("--device=tpu", "--device=tpu is not available; this machine has .*cpu"),
@@ -160,7 +160,7 @@ def test_a_tilde_in_a_name_is_the_home_folder(started, monkeypatch):
         *((f"{flag}=", f"{flag}: must be a name, not ''") for flag in NAMES),
     ],
 )
-def test_a_mistake_gets_one_clear_line_and_code_2(capsys, args, said):
+def test_a_mistake_gets_one_clear_line_and_code_2(started, capsys, args, said):
     assert re.search(said, mistake(capsys, *args.split(" ")))
 
 
@@ -205,12 +205,12 @@ def check_wrong_command_lines(capsys, count, seed):
         mistake(capsys, *words)
 
 
-def test_hundreds_of_wrong_command_lines_get_one_line_each(capsys):
+def test_hundreds_of_wrong_command_lines_get_one_line_each(started, capsys):
     check_wrong_command_lines(capsys, 300, seed=0)
 
 
 @pytest.mark.slow
-def test_thousands_of_wrong_command_lines_get_one_line_each(capsys):
+def test_thousands_of_wrong_command_lines_get_one_line_each(started, capsys):
     check_wrong_command_lines(capsys, 2000, seed=1)
 
 
