@@ -16,8 +16,8 @@
 
 Each definition uses only what stands above it. What learns is in Environment, Network and PPO.
 Shapes: T steps of a rollout, N games played at once, B = T * N, M steps of a minibatch, A actions.
-A step is one action, held for four emulator frames. A game is all its lives; for the learner, an
-episode is one life.
+A step is one action, held for four emulator frames. A game is all its lives. For the learner, an
+episode is one life: it expects no reward after a lost life.
 """
 
 import argparse
@@ -79,6 +79,7 @@ ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)
 tqdm.monitor_interval = 0  # no monitor thread: it can crash the interpreter when it exits
 
 # ---- Configuration -------------------------------------------------------------------------------
+
 
 class UserError(Exception):
     """A mistake that the user can correct: `main` prints one line and exits with code 2."""
@@ -199,7 +200,7 @@ class MaxAndSkipEnv(gym.Wrapper):
 
 
 def make_env(env_id: str, seed=None, keep_rgb=False, sticky_actions=None, max_frames=108_000):
-    """One game: observations (4, 84, 84) uint8, true rewards; an episode is a whole game."""
+    """One game, with all its lives: observations (4, 84, 84) uint8, and true rewards."""
     options = game_settings(env_id) | {"frameskip": 1, "max_num_frames_per_episode": None}
     options |= {} if sticky_actions is None else {"repeat_action_probability": sticky_actions}
     # The grayscale screen is the emulator's luminance, as in the native environment.
@@ -215,8 +216,8 @@ def make_env(env_id: str, seed=None, keep_rgb=False, sticky_actions=None, max_fr
 
 
 def make_vector_env(config: Config, num_envs: int, keep_rgb: bool = False) -> gym.vector.VectorEnv:
-    """N times `make_env`, or the same in C++ on native threads. In both, the step after the end of
-    a game ignores the action and resets the game (NEXT_STEP).
+    """N times `make_env`, or the same game in C++ on native threads (with other random no-ops). In
+    both, the step after the end of a game ignores the action and resets the game (NEXT_STEP).
     """
     settings, sticky = game_settings(config.env_id), config.sticky_actions
     if keep_rgb or not config.multithreading:
@@ -284,7 +285,8 @@ class Games:
         self.lengths = np.where(restarted, 0, self.lengths + 1)
         no_event = ~restarted & ~terminated & ~truncated & (rewards == 0)
         self.idle = np.where(no_event, self.idle + decided, 0)
-        slots, clipped = np.flatnonzero(self.game_over).tolist(), np.sign(rewards, dtype=np.float32)
+        clipped = np.sign(rewards, dtype=np.float32)
+        slots = np.flatnonzero(self.game_over).tolist()
         finished = [FinishedGame(i, float(self.scores[i]), int(self.lengths[i])) for i in slots]
         return StepResult(clipped, terminated, truncated, decided, finished)
 
@@ -420,10 +422,7 @@ def all_gather(item: Any) -> list[Any]:
 
 @contextlib.contextmanager
 def process_group() -> Iterator[None]:
-    """Join the processes that torchrun started, if it did."""
-    if not dist.is_torchelastic_launched():
-        yield
-        return
+    """Join the processes that torchrun started."""
     import torch.distributed.nn  # before the group exists, else its threads outlive the group
 
     local_rank, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
@@ -475,6 +474,7 @@ class TrainState:
         self.scores.extend(saved["scores"])
         self.agent.load_state_dict(saved["agent"])
         self.optimizer.load_state_dict(saved["optimizer"])
+        self.generator.manual_seed(self.global_step + rank() * 2**32)
         if rank() == 0 and saved["generator"].shape == self.generator.get_state().shape:
             self.generator.set_state(saved["generator"])  # of the same kind of device
 
@@ -546,7 +546,7 @@ def make_batch(rollout: Batch, config: Config) -> Batch:
     discounts = (config.gamma, config.gae_lambda)
     steps["advantages"] = compute_gae(rewards, rollout["values"], terminated, truncated, *discounts)
     steps["returns"] = steps["advantages"] + steps["values"]  # the target of the value
-    steps["weights"] = steps["decided"].float()  # of each step in the loss
+    steps["sample_weights"] = steps["decided"].float()  # of each step in the loss
     return {name: x.flatten(0, 1) for name, x in steps.items()}
 
 
@@ -556,12 +556,12 @@ def minibatches(batch: Batch, config: Config, generator: torch.Generator) -> Ite
     A step is drawn with a probability proportional to 0.8 |A| / mean |A| + 0.2, and its weight is
     divided by that: the expected gradient stays the same (Kahn and Marshall 1953).
     """
-    weights, size = batch["weights"], len(batch["weights"])
+    weights, size = batch["sample_weights"], len(batch["sample_weights"])
     if config.learn_fraction < 1:
         magnitude = batch["advantages"].abs() * weights
         mean = magnitude.sum() / weights.sum().clamp(min=1)
         priority = weights * (0.8 * magnitude / mean.clamp(min=1e-8) + 0.2) + 1e-8
-        batch = batch | {"weights": weights * priority.mean() / priority}
+        batch = batch | {"sample_weights": weights * priority.mean() / priority}
         size = max(int(config.learn_fraction * size), config.num_minibatches)
         order = torch.multinomial(priority, size, replacement=True, generator=generator)
     else:
@@ -581,8 +581,8 @@ def masked_moments(x: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def ppo_loss(logits: Tensor, values: Tensor, batch: Batch, config: Config) -> dict[str, Tensor]:
-    """The loss of a minibatch, "loss", and its parts: means weighted by batch["weights"], which add
-    up to 1. logits (M, A) and values (M,) are the network's present output.
+    """The "loss" of a minibatch and its parts: means weighted by batch["sample_weights"], which
+    add up to 1. logits (M, A) and values (M,) are the network's present output.
     """
     log_probs, advantages = logits.log_softmax(-1), batch["advantages"]
     log_ratio = log_probs.gather(-1, batch["actions"][:, None])[:, 0] - batch["log_probs"]
@@ -597,7 +597,7 @@ def ppo_loss(logits: Tensor, values: Tensor, batch: Batch, config: Config) -> di
         "approx_kl": ratio - 1 - log_ratio,  # of old and new: joschu.net/blog/kl-approx.html
         "clipfrac": ((ratio - 1).abs() > config.clip_coef).float(),
     }
-    losses = {name: (x * batch["weights"]).sum() for name, x in losses.items()}
+    losses = {name: (x * batch["sample_weights"]).sum() for name, x in losses.items()}
 
     # Equation 9.
     loss = losses["policy_loss"] + config.vf_coef * losses["value_loss"]
@@ -606,9 +606,9 @@ def ppo_loss(logits: Tensor, values: Tensor, batch: Batch, config: Config) -> di
 
 def learn_minibatch(state: TrainState, batch: Batch, config: Config) -> dict[str, Tensor]:
     """One step of the optimizer. Returns this rank's losses, and the norm of the gradient."""
-    mean, variance, total = masked_moments(batch["advantages"], batch["weights"])
+    mean, variance, total = masked_moments(batch["advantages"], batch["sample_weights"])
     advantages = (batch["advantages"] - mean) / (variance.sqrt() + 1e-8)
-    batch = batch | {"advantages": advantages, "weights": batch["weights"] / total}
+    batch = batch | {"advantages": advantages, "sample_weights": batch["sample_weights"] / total}
 
     logits, values = state.agent(batch["frames"])
     losses = ppo_loss(logits / batch["temperatures"][:, None], values, batch, config)
@@ -634,11 +634,10 @@ def learn(state: TrainState, rollout: Batch, config: Config) -> dict[str, float]
 
     # All numbers leave the device at once, since each transfer waits for a GPU.
     means = [torch.stack([losses[name] for losses in history]).mean() for name in history[0]]
-    unexplained = masked_moments(batch["returns"] - batch["values"], batch["weights"])[1]
-    variance = masked_moments(batch["returns"], batch["weights"])[1]
+    unexplained = masked_moments(batch["returns"] - batch["values"], batch["sample_weights"])[1]
+    variance = masked_moments(batch["returns"], batch["sample_weights"])[1]
     explained = 1 - unexplained / variance.clamp(min=1e-8)
-    parameter_sum = sum(parameter.detach().sum() for parameter in state.agent.parameters())
-    numbers = torch.stack([*all_reduce(torch.stack(means)), explained, parameter_sum]).tolist()
+    numbers = torch.stack([*all_reduce(torch.stack(means)), explained]).tolist()
     if not all(map(math.isfinite, numbers)):
         raise FloatingPointError(f"update {state.update} diverged: try a lower --learning-rate")
     names = [f"losses/{name}" for name in (*history[0], "explained_variance")]
@@ -657,8 +656,6 @@ def save_file(content: dict[str, Any], path: Path) -> None:
     try:
         with open(draft, "wb") as file:
             torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
         os.replace(draft, path)
     finally:
         draft.unlink(missing_ok=True)
@@ -667,7 +664,6 @@ def save_file(content: dict[str, Any], path: Path) -> None:
 def read_file(path: Path) -> Any:
     """Load tensors, numbers and strings; no code in the file is run. Raises UserError."""
     try:
-        start = path.read_bytes()[:512]
         with zipfile.ZipFile(path) as archive:
             sb3 = "policy.pth" in archive.namelist()
             if archive.testzip() or sb3:  # torch.load does not compare the checksums
@@ -676,7 +672,8 @@ def read_file(path: Path) -> Any:
     except (OSError, ValueError) as error:
         problem = getattr(error, "strerror", None) or error
     except Exception:  # of a dozen types
-        problem = "a text file" if start.isascii() else "a pickled object, or damaged"
+        with open(path, "rb") as file:
+            problem = "a text file" if file.read(512).isascii() else "a pickled object, or damaged"
     raise UserError(f"cannot load {path}: {problem}")
 
 
@@ -687,7 +684,7 @@ def find_file(name: str, paths: list[Path]) -> Path:
             return path
     there = [x.name for x in (*Path("models").glob("*.mdl"), *Path("runs").glob("*__*"))]
     near = difflib.get_close_matches(name, there, cutoff=0.5)
-    raise UserError(f"there is no {name} here" + f", but {' and '.join(near)}" * bool(near))
+    raise UserError(f"there is no {name} here" + (f", but {' and '.join(near)}" if near else ""))
 
 
 def model_content(state: TrainState, config: Config) -> dict[str, Any]:
@@ -756,7 +753,8 @@ def make_state(config: Config, agent: Agent | None = None) -> TrainState:
     agent = (agent or Agent(len(action_names(config.env_id)))).to(device)
     agent.precision, agent.patience = pick_precision(config.precision, device), config.patience
     optimizer = torch.optim.Adam(agent.parameters(), eps=1e-5, fused=device.type != "mps")
-    return TrainState(agent, optimizer, torch.Generator(device).manual_seed(config.seed + rank()))
+    generator = torch.Generator(device).manual_seed(config.seed + rank() * 2**32)
+    return TrainState(agent, optimizer, generator)
 
 
 @contextlib.contextmanager
@@ -940,7 +938,7 @@ def train(config: Config, state: TrainState, folder: Path) -> None:
 EMULATOR_FPS = 60
 
 
-def run_episodes(agent: Agent, games: Games, config: Config, seed: int) -> Iterator[tuple]:
+def play_steps(agent: Agent, games: Games, config: Config, seed: int) -> Iterator[tuple]:
     """Play N games without end. Yields for each step the frames, what `act` says, the result."""
     generator = torch.Generator(agent.device).manual_seed(seed)
     games.reset(1, seed)
@@ -969,7 +967,7 @@ def play_games(agent: Agent, config: Config) -> list[FinishedGame]:
     slots, finished = min(config.evaluate, 32), []
     shares, bar = np.bincount(np.arange(config.evaluate) % slots), progress_bar(None, "step")
     with contextlib.suppress(KeyboardInterrupt), output():
-        for _, _, result in run_episodes(agent, Games(config, slots), config, config.seed):
+        for _, _, result in play_steps(agent, Games(config, slots), config, config.seed):
             counted = [game for game in result.finished if shares[game.slot]]
             shares[[game.slot for game in counted]] -= 1
             finished += counted
@@ -1064,7 +1062,7 @@ def watch(agent: Agent, config: Config, seed: int, scores: list[float]) -> Itera
     """
     games = Games(config, 1, keep_rgb=True)
     values: deque[float] = deque(maxlen=150)  # ten seconds
-    for frames, decision, result in run_episodes(agent, games, config, seed):
+    for frames, decision, result in play_steps(agent, games, config, seed):
         shown = [rgb[..., ::-1].repeat(3, 0).repeat(3, 1) for rgb in games.env.render()[0]]
         panel = np.full((len(shown[0]), 420, 3), BACKGROUND, np.uint8)
         mean = f"{np.mean(scores):.1f}" if scores else "-"
@@ -1100,6 +1098,8 @@ class Recorder:
                 small = cv2.resize(picture, None, fx=2 / 3, fy=2 / 3, interpolation=cv2.INTER_AREA)
                 image = Image.fromarray(cv2.cvtColor(small, cv2.COLOR_BGR2RGB))
                 self.images.append(image.quantize(128, dither=Image.Dither.NONE))
+                if len(self.images) % 150 == 0:  # ten seconds: a lost display ends the process
+                    self.save_gif()
         else:
             if self.video is None:  # H.264 with 4:2:0 colour plays in every browser
                 # A fragmented file can be played even if the process dies.
@@ -1113,16 +1113,20 @@ class Recorder:
             self.video.mux(self.video.streams.video[0].encode(frame))
         self.count += 1
 
+    def save_gif(self) -> None:
+        """Write all pictures so far, 15 a second: milliseconds, in steps of ten."""
+        durations = [(70, 60, 70)[i % 3] for i in range(len(self.images))]
+        options = {"save_all": True, "append_images": self.images[1:], "loop": 0}
+        self.images[0].save(self.path, duration=durations, **options)
+
     def close(self) -> str:
         """Finish the file. Returns a line about it."""
         if self.video:
             if self.count:  # flushing an empty encoder crashes
                 self.video.mux(self.video.streams.video[0].encode(None))
             self.video.close()
-        elif self.images:  # durations are in milliseconds, in steps of ten: 15 pictures a second
-            durations = [(70, 60, 70)[i % 3] for i in range(len(self.images))]
-            options = {"save_all": True, "append_images": self.images[1:], "loop": 0}
-            self.images[0].save(self.path, duration=durations, **options)
+        elif self.images:
+            self.save_gif()
         return f"{self.path}: {self.path.stat().st_size / 1e6:.2f} MB"
 
 
@@ -1208,8 +1212,8 @@ class Window:
 
     def draw(self, picture: np.ndarray, seconds: float) -> None:
         """Show `picture` for at least a millisecond and `seconds`, and handle the keys."""
-        text = "paused  " * self.paused + "recording" * bool(self.recorder)
-        text = self.message if time.monotonic() < self.message_until else text
+        status = "paused" if self.paused else "recording" if self.recorder else ""
+        text = self.message if time.monotonic() < self.message_until else status
         draw_text(picture, text, 14, len(picture) - 12, 13, WHITE)
         cv2.imshow(self.TITLE, picture)
         key = cv2.waitKeyEx(max(1, round(seconds * 1000))) & 0xFFFF  # without Shift and the like
@@ -1242,8 +1246,7 @@ def play(config: Config, agent: Agent, path: Path) -> None:
     if problem := display_error():
         name = f"ai_breakout_game-{time.strftime('%Y%m%d-%H%M%S')}.mp4"
         say(f"Cannot open a window: {problem}. Recording a minute to {name} instead.")
-        record(dataclasses.replace(config, record=name, seconds=60.0), agent, path)
-        return
+        return record(dataclasses.replace(config, record=name, seconds=60.0), agent, path)
     window, scores = Window(), []
     with contextlib.suppress(KeyboardInterrupt):  # Ctrl-C, q, or the window was closed
         for seed in itertools.count(config.seed):
@@ -1344,6 +1347,7 @@ def load_player(given: dict[str, Any]) -> tuple[Config, Agent, Path]:
     name = given.get("model_filename", f"ai_{rom}_game.mdl")
     if name == "random":
         path, config = Path("models") / f"random_{rom}", make_config(given, {})
+        torch.manual_seed(config.seed)
         agent = Agent(len(action_names(config.env_id)))
         nn.init.zeros_(agent.actor.weight)  # all actions are equally probable
     else:
@@ -1363,8 +1367,7 @@ def start_training(given: dict[str, Any]) -> None:
     state = make_state(config, agent)
     name = f"{config.env_id.replace('/', '-')}__{config.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
     folder = Path("runs") / all_gather(name)[0]
-    for path in (Path("models"), folder):
-        path.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     train(config, state, folder)
 
 
@@ -1393,12 +1396,12 @@ def main(argv: list[str] | None = None) -> int:
     """Run the program. Returns 0; 1 if it failed, 2 for a user's mistake, 130 after Ctrl-C."""
     try:
         given = parse_flags(argv)
-        mode = find_mode(given)
+        mode, torchrun = find_mode(given), dist.is_torchelastic_launched()
         with handle_signals(signal.default_int_handler):
             if mode in ("train", "resume"):
-                with process_group():
+                with process_group() if torchrun else contextlib.nullcontext():
                     {"train": start_training, "resume": resume_training}[mode](given)
-            elif dist.is_torchelastic_launched():
+            elif torchrun:
                 raise UserError(f"--{mode} does not work with torchrun")
             else:
                 {"evaluate": evaluate, "record": record, "run": play}[mode](*load_player(given))

@@ -442,7 +442,7 @@ def test_playing_and_training_from_one_seed_show_the_agent_the_same_frames(nativ
     config, agent = script.Config(device="cpu", multithreading=native), ChecksumAgent(4)
     games, resets = two_games(True) if native else script.Games(config, 2, keep_rgb=True), []
     monkeypatch.setattr(games, "reset", functools.partial(record, resets, games.reset))
-    played = list(itertools.islice(script.run_episodes(agent, games, config, 7), 40))
+    played = list(itertools.islice(script.play_steps(agent, games, config, 7), 40))
 
     state = script.TrainState(agent, None, torch.Generator().manual_seed(9))
     games, rollout = two_games(native), script.make_rollout(40, 2, torch.device("cpu"))

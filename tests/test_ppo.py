@@ -230,7 +230,7 @@ def steps_batch(size):
     rng = torch.Generator().manual_seed(0)
     advantages = torch.randn(size, generator=rng) ** 3 + 0.5
     weights = (torch.rand(size, generator=rng) < 0.7).float()
-    return {"steps": torch.arange(size), "advantages": advantages, "weights": weights}
+    return {"steps": torch.arange(size), "advantages": advantages, "sample_weights": weights}
 
 
 def epoch(batch, seed=0, **settings):
@@ -253,7 +253,7 @@ def test_a_fraction_of_the_steps_is_sampled_in_equal_minibatches():
     for minibatch in sampled:
         steps = minibatch["steps"]
         assert torch.equal(minibatch["advantages"], batch["advantages"][steps])
-        assert batch["weights"][steps].all(), "steps that were not decided are never sampled"
+        assert batch["sample_weights"][steps].all(), "steps that were not decided are never sampled"
 
 
 def sampled_means(x, batch):
@@ -263,9 +263,9 @@ def sampled_means(x, batch):
     by_importance, uniformly = [], []
     for seed in range(300):
         (sample,) = epoch(batch, seed, learn_fraction=0.1, num_minibatches=1)
-        by_importance.append((x[sample["steps"]] * sample["weights"]).mean())
+        by_importance.append((x[sample["steps"]] * sample["sample_weights"]).mean())
         some = torch.randint(len(x), (len(x) // 10,), generator=torch.Generator().manual_seed(seed))
-        uniformly.append((x[some] * batch["weights"][some]).mean())
+        uniformly.append((x[some] * batch["sample_weights"][some]).mean())
     return torch.stack(by_importance), torch.stack(uniformly)
 
 
@@ -274,7 +274,7 @@ def test_importance_sampling_does_not_bias_means(power):
     batch = steps_batch(2000)
     x = batch["advantages"] ** power
     estimates, _ = sampled_means(x, batch)
-    error = estimates.mean() - (x * batch["weights"]).mean()
+    error = estimates.mean() - (x * batch["sample_weights"]).mean()
     assert abs(error) < 4 * estimates.std() / 300**0.5
 
 
@@ -320,7 +320,7 @@ def minibatch():
     return (
         logits,
         values,
-        batch | {"actions": torch.full((16,), 2), "weights": weights / weights.sum()},
+        batch | {"actions": torch.full((16,), 2), "sample_weights": weights / weights.sum()},
     )
 
 
@@ -329,7 +329,7 @@ def test_the_loss_is_that_of_the_formulas(minibatch, clip):
     losses = script.ppo_loss(*minibatch, new_config(clip_coef=clip, ent_coef=0.02, vf_coef=0.7))
     logits, values = (x.double().numpy() for x in minibatch[:2])
     batch = {name: x.double().numpy() for name, x in minibatch[2].items()}
-    probs, weights = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True), batch["weights"]
+    probs, weights = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True), batch["sample_weights"]
     ratio, advantages = probs[:, 2] / np.exp(batch["log_probs"]), batch["advantages"]
     gains = ratio * advantages, np.clip(ratio, 1 - clip, 1 + clip) * advantages
     policy = -(weights * np.minimum(*gains)).sum()
@@ -355,7 +355,7 @@ def test_advantages_are_normalized_in_each_minibatch(seen, fraction):
     update(new_state(), random_rollout(), new_config(learn_fraction=fraction, update_epochs=1))
     assert len(seen) == 2
     for batch in seen:
-        moments = [(batch["weights"] * batch["advantages"] ** n).sum() for n in range(3)]
+        moments = [(batch["sample_weights"] * batch["advantages"] ** n).sum() for n in range(3)]
         assert [float(moment) for moment in moments] == pytest.approx([1, 0, 1], abs=1e-4)
 
 

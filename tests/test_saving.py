@@ -204,7 +204,7 @@ def test_a_thousand_damaged_files_never_give_wrong_weights(here, agent):
 @pytest.mark.parametrize("error", [OSError("full"), KeyboardInterrupt()])
 def test_a_save_that_fails_leaves_the_old_file_and_no_draft(here, monkeypatch, error):
     script.save_file({"a": 1}, Path("x.mdl"))
-    monkeypatch.setattr(os, "fsync", Mock(side_effect=error))
+    monkeypatch.setattr(os, "replace", Mock(side_effect=error))
     with pytest.raises(type(error)):
         script.save_file({"a": 2}, Path("x.mdl"))
     assert load("x.mdl") == {"a": 1} and os.listdir() == ["x.mdl"]
