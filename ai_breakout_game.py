@@ -1140,7 +1140,6 @@ def record(config: Config, agent: Agent, _: Path) -> None:
                 break
             recorder.add(np.hstack(pictures))
             advance(bar, 1, f"{len(scores)} games over")
-    del bar  # closes it
     say(recorder.close())
 
 
@@ -1367,7 +1366,8 @@ def start_training(given: dict[str, Any]) -> None:
     state = make_state(config, agent)
     name = f"{config.env_id.replace('/', '-')}__{config.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
     folder = Path("runs") / all_gather(name)[0]
-    folder.mkdir(parents=True, exist_ok=True)
+    for path in (Path("models"), folder):
+        path.mkdir(parents=True, exist_ok=True)
     train(config, state, folder)
 
 
