@@ -96,10 +96,11 @@ class Config:
     """All settings. Each field is a command-line flag: num_envs becomes --num-envs."""
 
     run: bool = flag(False, "mode", "watch an agent play in a window")
+    play: bool = flag(False, "mode", "play yourself, and see what the agent would do")
     evaluate: int = flag(0, "mode", "play this many whole games and report the scores", 1, 10**6)
-    record: str = flag("", "mode", "record a game to this file, .gif or .mp4")
+    record: str = flag("", "mode", "record a game to a .gif or .mp4, or a moment to a .png")
     resume: str = flag("", "mode", "continue a training run: runs/<name>, or latest")
-    model_filename: str = flag("", "mode", "weights to play or to train further, or 'random'")
+    model_filename: str = flag("", "mode", "weights to play or train further; or latest, or random")
 
     env_id: str = flag("BreakoutNoFrameskip-v4", "game", "any ALE game that Gymnasium registers")
     sticky_actions: float = flag(0.0, "game", "sticky actions (default: by --env-id)", high=1)
@@ -185,14 +186,30 @@ class NoopResetEnv(gym.Wrapper):
 
 
 class MaxAndSkipEnv(gym.Wrapper):
-    """Repeats an action for four frames. Returns the maximum of the last two: objects flicker."""
+    """Repeats an action for four frames. Returns the maximum of the last two: objects flicker.
+
+    With `keep_rgb`, `render` returns the frames of the last step, each (210, 160, 3) uint8.
+    """
+
+    def __init__(self, env: gym.Env, keep_rgb: bool = False) -> None:
+        super().__init__(env)
+        self.keep_rgb, self.rgb_frames = keep_rgb, []
+
+    def reset(self, **kwargs: Any) -> tuple[np.ndarray, dict]:
+        obs, info = self.env.reset(**kwargs)
+        self.rgb_frames = [self.env.render()] if self.keep_rgb else []
+        return obs, info
+
+    def render(self) -> list[np.ndarray]:
+        return self.rgb_frames
 
     def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict]:
         last_two: deque[np.ndarray] = deque(maxlen=2)
-        total_reward = 0.0
+        total_reward, self.rgb_frames = 0.0, []
         for _ in range(FRAME_SKIP):
             obs, reward, terminated, truncated, info = self.env.step(action)
             last_two.append(obs)
+            self.rgb_frames += [self.env.render()] if self.keep_rgb else []
             total_reward += float(reward)
             if terminated or truncated:
                 break
@@ -205,9 +222,7 @@ def make_env(env_id: str, seed=None, keep_rgb=False, sticky_actions=None, max_fr
     options |= {} if sticky_actions is None else {"repeat_action_probability": sticky_actions}
     # The grayscale screen is the emulator's luminance, as in the native environment.
     env = AtariEnv(**options, obs_type="grayscale", render_mode="rgb_array")
-    # RGB frames, (210, 160, 3) uint8, are kept until `render` returns them.
-    env = gym.wrappers.RenderCollection(env) if keep_rgb else env
-    env = MaxAndSkipEnv(NoopResetEnv(FireResetEnv(env)))
+    env = MaxAndSkipEnv(NoopResetEnv(FireResetEnv(env)), keep_rgb)
     env = gym.wrappers.TimeLimit(env, math.ceil(max_frames / FRAME_SKIP))
     env = gym.wrappers.ResizeObservation(env, (FRAME_SIZE, FRAME_SIZE))  # (84, 84) uint8
     env = gym.wrappers.FrameStackObservation(env, FRAME_STACK, padding_type="zero")  # newest last
@@ -336,6 +351,10 @@ class Agent(nn.Module):
 
     precision = torch.float32  # of the large layers; weights, actor and critic are float32
     patience = Config.patience
+    path: Path  # of the file that it was loaded from
+    settings: dict[str, Any]  # that it was trained with: MODEL_SETTINGS
+    steps = 0  # of training
+    mean_score = math.nan  # at the end of training
 
     def __init__(self, num_actions: int) -> None:
         super().__init__()
@@ -388,6 +407,10 @@ class Agent(nn.Module):
         actions = log_probs.argmax(-1, keepdim=True) if greedy else sampled
         taken = {"actions": actions[:, 0], "log_probs": log_probs.gather(-1, actions)[:, 0]}
         return taken | {"probs": log_probs.exp(), "values": values, "temperatures": temperatures}
+
+    def predict(self, obs: np.ndarray) -> int:
+        """Sample an action for one observation, (4, 84, 84) uint8."""
+        return self.act(torch.from_numpy(obs)[None], np.zeros(1))["actions"].item()
 
 
 # ---- Processes: torchrun starts several, which train one agent. Skip this section at first. ------
@@ -678,7 +701,12 @@ def read_file(path: Path) -> Any:
 
 
 def find_file(name: str, paths: list[Path]) -> Path:
-    """The first of `paths` that is a file. Raises UserError with names that are like `name`."""
+    """The first of `paths` that is a file; for "latest", the newest checkpoint in runs/. Raises
+    UserError with names that are like `name`.
+    """
+    if name == "latest":
+        runs = Path("runs").glob("*/checkpoint.pt")
+        paths = sorted(runs, key=lambda path: path.stat().st_mtime, reverse=True)
     for path in paths:
         if os.path.isfile(path):  # False, not an error, for an impossible name
             return path
@@ -694,8 +722,8 @@ def model_content(state: TrainState, config: Config) -> dict[str, Any]:
     return {"weights": weights, **about, **{name: getattr(config, name) for name in MODEL_SETTINGS}}
 
 
-def load_agent(name: str) -> tuple[Agent, dict[str, Any], Path]:
-    """An agent, its MODEL_SETTINGS and its file: a model, a checkpoint or a bare state_dict.
+def load_agent(name: str) -> Agent:
+    """An agent, from a model, a checkpoint or a bare state_dict, with its MODEL_SETTINGS and path.
 
     `name` is a path, or a name in models/ here or beside this script. Unknown keys and the prefixes
     of DataParallel and torch.compile are ignored. Raises UserError.
@@ -713,15 +741,16 @@ def load_agent(name: str) -> tuple[Agent, dict[str, Any], Path]:
     except Exception as error:  # of a dozen types: strange tensors, strange names
         raise UserError(f"{path} is not a model: {type(error).__name__}: {error}") from None
     kinds = {name: type(getattr(Config, name)) for name in MODEL_SETTINGS}
-    settings = {k: content[k] for k, kind in kinds.items() if isinstance(content.get(k), kind)}
-    agent.patience = settings.setdefault("patience", 0.0)
-    return agent, settings, path
+    agent.settings = {k: content[k] for k, x in kinds.items() if isinstance(content.get(k), x)}
+    agent.patience = agent.settings.setdefault("patience", 0.0)
+    agent.path, agent.steps = path, int(content.get("steps", 0))
+    agent.mean_score = float(content.get("mean_return", math.nan))
+    return agent
 
 
 # ---- Training ------------------------------------------------------------------------------------
 
 CHECKPOINT_SECONDS = 300
-RANDOM_SCORE, HUMAN_SCORE = 1.7, 31.8  # in Breakout: Mnih et al. 2015, extended data table 2
 
 
 def pick_device(name: str) -> torch.device:
@@ -744,6 +773,12 @@ def pick_precision(name: str, device: torch.device) -> torch.dtype:
         fast = has.get("amx_bf16") or (has.get("avx512_bf16") and "Intel" not in str(has))
     automatic = "bfloat16" if fast else "float32"
     return getattr(torch, automatic if name == "auto" else name)
+
+
+def reference_scores(env_id: str) -> str:
+    """What others score in Breakout, by Mnih et al. 2015, extended data table 2."""
+    breakout = game_settings(env_id)["game"] == "breakout"
+    return " (random play 1.7, a human 31.8)" if breakout else ""
 
 
 def make_state(config: Config, agent: Agent | None = None) -> TrainState:
@@ -864,9 +899,9 @@ def finish(state: TrainState, config: Config, folder: Path, bar: tqdm) -> bool:
     elapsed = timedelta(seconds=round(bar.format_dict["elapsed"]))
     say(f"{'Trained' if trained else 'Stopped after'} {state.global_step:,} steps in {elapsed}")
     if state.scores:
-        human = f" (random play {RANDOM_SCORE}, a human {HUMAN_SCORE})" * (rom == "breakout")
         games = f"{len(state.scores)} of {state.num_games:,} games"
-        say(f"mean score of the last {games}: {state.mean_score:.2f}{human}")
+        others = reference_scores(config.env_id)
+        say(f"mean score of the last {games}: {state.mean_score:.2f}{others}")
     activated = sys.prefix == sys.base_prefix or "VIRTUAL_ENV" in os.environ
     script = shlex.join(["python3" if activated else sys.executable, os.path.relpath(__file__)])
     more = f" --total-timesteps={2 * state.global_step}" * trained
@@ -938,14 +973,19 @@ def train(config: Config, state: TrainState, folder: Path) -> None:
 EMULATOR_FPS = 60
 
 
-def play_steps(agent: Agent, games: Games, config: Config, seed: int) -> Iterator[tuple]:
-    """Play N games without end. Yields for each step the frames, what `act` says, the result."""
+def play_steps(
+    agent: Agent, games: Games, config: Config, seed: int, human=None
+) -> Iterator[tuple]:
+    """Play N games without end. Yields for each step the frames, what `act` says, the result. If
+    there is a function `human`, it chooses the action instead of the agent.
+    """
     generator = torch.Generator(agent.device).manual_seed(seed)
     games.reset(1, seed)
     while True:
         frames = games.frames
         decision = agent.act(torch.from_numpy(frames), games.idle, generator, config.greedy)
-        yield frames, decision, games.step(decision["actions"].cpu().numpy())
+        actions = np.array([human()]) if human else decision["actions"].cpu().numpy()
+        yield frames, decision, games.step(actions)
 
 
 def confidence_interval(scores: list[float]) -> float | None:
@@ -990,13 +1030,13 @@ def print_scores(scores: np.ndarray, interval: float | None, env_id: str) -> Non
     for count, low in zip(counts, edges):
         span = f"{low:,.10g}" + (f" to {low + width - 1:,.10g}" if width > 1 else "")
         say(f"  {span:>14}  {count:5}  {'#' * math.ceil(40 * count / counts.max())}")
-    if game_settings(env_id)["game"] == "breakout":
+    if others := reference_scores(env_id):
         for score, name in ((432, "one wall"), (864, "both walls, the maximum")):
             say(f"  {(scores >= score).mean():.0%} of the games reached {score}, {name}")
-        say(f"  random play {RANDOM_SCORE}, a human {HUMAN_SCORE} (Mnih et al. 2015)")
+        say(f"  Mnih et al. 2015{others}")
 
 
-def evaluate(config: Config, agent: Agent, model: Path) -> None:
+def evaluate(config: Config, agent: Agent) -> None:
     """Play whole games, append their true scores to <model>.evaluations.jsonl and print them."""
     finished = play_games(agent, config)
     if not finished:
@@ -1007,12 +1047,16 @@ def evaluate(config: Config, agent: Agent, model: Path) -> None:
     different = list(different.values()) if config.greedy else scores
     interval = confidence_interval(different)
     report = {name: getattr(config, name) for name in (*MODEL_SETTINGS, "seed", "greedy")}
-    report |= {"model": model.name, "games": len(scores), "partial": len(scores) < config.evaluate}
+    report |= {
+        "model": agent.path.name,
+        "games": len(scores),
+        "partial": len(scores) < config.evaluate,
+    }
     report |= {"mean": np.mean(scores), "interval_95": interval, "different_games": len(different)}
     report |= {"scores": scores, "lengths": [game.length for game in finished]}
 
-    name = f"{model.name}.evaluations.jsonl"
-    path = model.parent / name if os.access(model.parent, os.W_OK) else Path(name)
+    folder = agent.path.parent if os.access(agent.path.parent, os.W_OK) else Path()
+    path = folder / f"{agent.path.name}.evaluations.jsonl"
     with reported(f"write {path}"), open(path, "a") as file:
         file.write(json.dumps(report) + "\n")
     print_scores(np.array(scores), interval, config.env_id)
@@ -1033,15 +1077,21 @@ def draw_text(image: np.ndarray, text: str, x: int, y: int, size=16, color=GRAY)
 
 
 def draw_policy(panel: np.ndarray, names: list[str], probs: list[float], action: int) -> None:
-    """A bar for the probability of each action; the one taken is orange."""
+    """A bar for the probability of each action, in two columns if there are many; the agent's
+    choice is orange.
+    """
     draw_text(panel, "policy: probability of each action", 24, 258)
-    row = min(27, 162 // len(names))
+    # Columns, height of a row, left end of the bar, its length, left end of the percentage.
+    wide, narrow = (1, 27, 138, 174, 328), (2, 18, 109, 44, 161)
+    columns, row, left, bar, right = wide if len(names) <= 6 else narrow
     for i, (name, prob) in enumerate(zip(names, probs)):
-        y, color = 270 + i * row, ORANGE if i == action else GRAY
-        draw_text(panel, name, 24, y + 3 * row // 4, 3 * row // 5, color)
-        draw_text(panel, f"{prob:.0%}", 352, y + 3 * row // 4, 3 * row // 5, WHITE)
-        panel[y + 2 : y + row - 2, 162:336] = PLATE
-        panel[y + 2 : y + row - 2, 162 : 162 + round(174 * prob)] = color
+        column, line = divmod(i, math.ceil(len(names) / columns))
+        x, y, color = 24 + 186 * column, 270 + row * line, ORANGE if i == action else GRAY
+        draw_text(panel, name, x, y + 3 * row // 4, 3 * row // 5, color)
+        draw_text(panel, f"{prob:.0%}", x + right, y + 3 * row // 4, 3 * row // 5, WHITE)
+        strip = panel[y + 2 : y + row - 2, x + left : x + left + bar]
+        strip[:] = PLATE
+        strip[:, : round(bar * prob)] = color
 
 
 def draw_values(panel: np.ndarray, values: deque[float]) -> None:
@@ -1054,7 +1104,7 @@ def draw_values(panel: np.ndarray, values: deque[float]) -> None:
     cv2.polylines(panel, [np.stack([x, y], -1).astype(np.int32)], False, ORANGE, 2, cv2.LINE_AA)
 
 
-def watch(agent: Agent, config: Config, seed: int, scores: list[float]) -> Iterator[tuple]:
+def watch(agent: Agent, config: Config, seed: int, scores: list, human=None) -> Iterator[tuple]:
     """Play without end, and append the true score of each game to `scores`.
 
     Yields for each emulator frame a picture of the game, (630, 480, 3) uint8 BGR, and the panel of
@@ -1062,7 +1112,7 @@ def watch(agent: Agent, config: Config, seed: int, scores: list[float]) -> Itera
     """
     games = Games(config, 1, keep_rgb=True)
     values: deque[float] = deque(maxlen=150)  # ten seconds
-    for frames, decision, result in play_steps(agent, games, config, seed):
+    for frames, decision, result in play_steps(agent, games, config, seed, human):
         shown = [rgb[..., ::-1].repeat(3, 0).repeat(3, 1) for rgb in games.env.render()[0]]
         panel = np.full((len(shown[0]), 420, 3), BACKGROUND, np.uint8)
         mean = f"{np.mean(scores):.1f}" if scores else "-"
@@ -1077,6 +1127,13 @@ def watch(agent: Agent, config: Config, seed: int, scores: list[float]) -> Itera
         draw_policy(panel, games.action_names, probs, action)
         values.append(value)
         draw_values(panel, values)
+        draw_text(
+            panel,
+            f"{agent.path.name}: {agent.steps:,} steps in its last run",
+            24,
+            len(panel) - 8,
+            12,
+        )
         yield from ((game, panel) for game in shown)
         scores.extend(game.score for game in result.finished)
 
@@ -1130,8 +1187,32 @@ class Recorder:
         return f"{self.path}: {self.path.stat().st_size / 1e6:.2f} MB"
 
 
-def record(config: Config, agent: Agent, _: Path) -> None:
-    """Record one game, or --seconds of play, to --record."""
+def draw_frames(config: Config, agent: Agent) -> np.ndarray:
+    """What becomes of a screen before the network sees it: a labelled picture, BGR."""
+    games = Games(config, 1, keep_rgb=True)
+    steps = round((config.seconds or 10) * EMULATOR_FPS / FRAME_SKIP)
+    next(itertools.islice(play_steps(agent, games, config, config.seed), steps, None))
+    screen, frames = games.env.render()[0][-1], games.frames[0]
+    canvas = np.full((798, 1156, 3), BACKGROUND, np.uint8)
+
+    def put(image: np.ndarray, label: str, x: int, y: int, width: int, height: int) -> None:
+        image = cv2.resize(image, (width, height), interpolation=cv2.INTER_NEAREST)
+        canvas[y : y + height, x : x + width] = image if image.ndim == 3 else image[..., None]
+        draw_text(canvas, label, x, y - 12)
+
+    put(screen[..., ::-1], "1. the screen: 210 x 160, RGB", 24, 48, 320, 420)
+    put(cv2.cvtColor(screen, cv2.COLOR_RGB2GRAY), "2. grayscale", 368, 48, 320, 420)
+    put(frames[-1], "3. resized to 84 x 84", 712, 48, 420, 420)
+    for i, frame in enumerate(frames):
+        put(frame, f"4. observation: frame {i + 1} of {len(frames)}", 24 + 281 * i, 516, 264, 264)
+    return canvas
+
+
+def record(config: Config, agent: Agent) -> None:
+    """Record one game, or --seconds of play, to --record; to a .png, what the agent sees."""
+    if Path(config.record).suffix.lower() == ".png":
+        Image.fromarray(draw_frames(config, agent)[..., ::-1]).save(config.record)
+        return say(config.record)
     scores, recorder, bar = [], Recorder(Path(config.record)), progress_bar(None, "frame")
     seconds = config.seconds or (recorder.GIF_SECONDS if recorder.is_gif else math.inf)
     with contextlib.suppress(KeyboardInterrupt):  # what was recorded is kept
@@ -1155,20 +1236,27 @@ def display_error() -> str:
     return ""
 
 
+# The player's keys: letters, space, and the arrows as X11 numbers them.
+MOVES = {ord("a"): "LEFT", ord("d"): "RIGHT", ord("w"): "UP", ord("s"): "DOWN", ord(" "): "FIRE"}
+MOVES |= {65361: "LEFT", 65363: "RIGHT", 65362: "UP", 65364: "DOWN"}
+
+
 class Window:
     """The window in which an agent plays, and what its keys have set."""
 
     TITLE = "ai_breakout_game"
-    KEYS = "q quit, space pause, . step, + - speed, n panel, g GIF, v MP4, r new game"
+    KEYS = "q quit, p pause, . step, + - speed, n panel, g GIF, v MP4, r new game"
 
-    def __init__(self) -> None:
+    def __init__(self, config: Config) -> None:
+        self.human, self.names, self.move = config.play, action_names(config.env_id), "NOOP"
         os.environ["QT_QPA_FONTDIR"] = str(Path(cv2.__file__).parent)  # else Qt warns
         # The libX11-xcb in the OpenCV wheel loses events beside a newer libX11: load the system's.
         with contextlib.suppress(OSError):
             ctypes.CDLL("libX11-xcb.so.1", mode=ctypes.RTLD_GLOBAL)
         self.panel, self.paused, self.restart, self.recorder = True, False, False, None
         self.speed, self.count, self.frames_left = 1.0, 0, 0  # frames to show while paused
-        self.message, self.message_until, self.due = "h: keys", time.monotonic() + 4, 0.0
+        self.message = "move: arrows or a d, fire: space, h: more keys" if self.human else "h: keys"
+        self.message_until, self.due = time.monotonic() + 4, 0.0
         # Without Qt's toolbar. A Mac has no Qt, and keeps the picture's size only with 0.
         plain = 0 if sys.platform == "darwin" else cv2.WINDOW_GUI_NORMAL
         cv2.namedWindow(self.TITLE, cv2.WINDOW_AUTOSIZE | plain)
@@ -1189,13 +1277,18 @@ class Window:
                 self.recorder = Recorder(Path(name))
                 self.say(f"recording {name}")
 
+    def choose(self) -> int:
+        """The player's action: each key press is one step, since OpenCV reports no release."""
+        name, self.move = self.move, "NOOP"
+        return self.names.index(name) if name in self.names else 0
+
     def press(self, key: str) -> None:
         """Do what a key asks for."""
         if key in ("q", "\x1b"):
             raise KeyboardInterrupt  # ends the program as Ctrl-C does
         elif key == "r":
             self.restart, self.paused = True, False
-        elif key == " ":
+        elif key in " p":
             self.paused = not self.paused
         elif key == ".":
             self.frames_left = FRAME_SKIP
@@ -1213,10 +1306,12 @@ class Window:
         """Show `picture` for at least a millisecond and `seconds`, and handle the keys."""
         status = "paused" if self.paused else "recording" if self.recorder else ""
         text = self.message if time.monotonic() < self.message_until else status
-        draw_text(picture, text, 14, len(picture) - 12, 13, WHITE)
+        draw_text(picture[:, :480], text, 14, len(picture) - 12, 12, WHITE)  # not on the panel
         cv2.imshow(self.TITLE, picture)
         key = cv2.waitKeyEx(max(1, round(seconds * 1000))) & 0xFFFF  # without Shift and the like
-        if 0 < key < 256:  # not an arrow, and not -1, no key
+        if self.human and key in MOVES:
+            self.move = MOVES[key]
+        elif 0 < key < 256:  # not an arrow, and not -1, no key
             self.press(chr(key).lower())
         with contextlib.suppress(cv2.error):  # Qt does not know a closed window
             if sys.platform == "darwin" or cv2.getWindowProperty(self.TITLE, VISIBLE) > 0:
@@ -1240,30 +1335,49 @@ class Window:
             self.draw(np.hstack(pictures[: 1 + self.panel]), 0.03)
 
 
-def play(config: Config, agent: Agent, path: Path) -> None:
-    """Let the agent play in a window until it is closed; without a display, record a minute."""
+def take_newer_weights(agent: Agent) -> None:
+    """Read the agent's file again: a run that trains it may have saved newer weights."""
+    if agent.path.is_file():
+        with reported(f"load {agent.path}"):
+            newer = load_agent(str(agent.path))
+            agent.load_state_dict(newer.state_dict())
+            agent.steps = newer.steps
+
+
+def play(config: Config, agent: Agent) -> None:
+    """Let the agent or the user play in a window until it is closed."""
     if problem := display_error():
+        if config.play:
+            raise OSError(f"cannot open a window: {problem}")
         name = f"ai_breakout_game-{time.strftime('%Y%m%d-%H%M%S')}.mp4"
         say(f"Cannot open a window: {problem}. Recording a minute to {name} instead.")
-        return record(dataclasses.replace(config, record=name, seconds=60.0), agent, path)
-    window, scores = Window(), []
+        return record(dataclasses.replace(config, record=name, seconds=60.0), agent)
+    window, scores, num_games = Window(config), [], 0
     with contextlib.suppress(KeyboardInterrupt):  # Ctrl-C, q, or the window was closed
         for seed in itertools.count(config.seed):
             window.restart = False
-            for pictures in watch(agent, config, seed, scores):
+            for pictures in watch(
+                agent, config, seed, scores, window.choose if config.play else None
+            ):
                 window.show(pictures)
                 if window.restart:
                     break
+                if len(scores) > num_games:
+                    take_newer_weights(agent)
+                    num_games = len(scores)
     window.toggle_recorder()
     if scores:
         say(f"{len(scores)} games, mean score {np.mean(scores):.2f}")
+    if config.play:
+        others = reference_scores(config.env_id)
+        say(f"{agent.path.name} in training: {agent.mean_score:.2f}{others}")
 
 
 # ---- Command line --------------------------------------------------------------------------------
 
 # The groups of flags that each mode uses, besides "mode" and "game".
 MODES = {"train": ("training", "PPO"), "resume": ("training", "PPO"), "run": ("playing",)}
-MODES |= {"evaluate": ("playing",), "record": ("playing", "recording")}
+MODES |= {"play": (), "evaluate": ("playing",), "record": ("playing", "recording")}
 YES, NO = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
 
 
@@ -1318,8 +1432,8 @@ def find_mode(given: dict[str, Any]) -> str:
     for name in given:
         if groups[name] not in ("mode", "game", *MODES[mode]):
             raise UserError(f"--{name.replace('_', '-')} is for {groups[name]}, not for {mode}")
-    if mode == "record" and Path(given["record"]).suffix.lower() not in (".gif", ".mp4"):
-        raise UserError(f"--record={given['record']} must end in .gif or .mp4")
+    if mode == "record" and Path(given["record"]).suffix.lower() not in (".gif", ".mp4", ".png"):
+        raise UserError(f"--record={given['record']} must end in .gif, .mp4 or .png")
     return mode
 
 
@@ -1340,29 +1454,30 @@ def make_config(given: dict[str, Any], defaults: dict[str, Any]) -> Config:
     return config
 
 
-def load_player(given: dict[str, Any]) -> tuple[Config, Agent, Path]:
-    """Settings, agent and its file, for playing or to train further. Raises UserError."""
+def load_player(given: dict[str, Any]) -> tuple[Config, Agent]:
+    """Settings and agent, for playing or to train further. Raises UserError."""
     rom = game_settings(given.get("env_id", Config.env_id))["game"]
     name = given.get("model_filename", f"ai_{rom}_game.mdl")
     if name == "random":
-        path, config = Path("models") / f"random_{rom}", make_config(given, {})
+        config = make_config(given, {})
         torch.manual_seed(config.seed)
         agent = Agent(len(action_names(config.env_id)))
+        agent.path = Path("models") / f"random_{rom}"
         nn.init.zeros_(agent.actor.weight)  # all actions are equally probable
     else:
-        agent, defaults, path = load_agent(name)
-        config = make_config(given, defaults)
+        agent = load_agent(name)
+        config = make_config(given, agent.settings)
     if agent.actor.out_features != len(action_names(config.env_id)):
-        raise UserError(f"{path} has {agent.actor.out_features} actions, unlike {config.env_id}")
+        raise UserError(f"{agent.path} and {config.env_id} have different actions")
     agent.patience = config.patience
-    return config, agent.to(pick_device(config.device)), path
+    return config, agent.to(pick_device(config.device))
 
 
 def start_training(given: dict[str, Any]) -> None:
     """Train a new agent, or that of --model-filename. Raises UserError."""
     config, agent = make_config(given, {}), None
     if "model_filename" in given:
-        config, agent, _ = load_player(given)
+        config, agent = load_player(given)
     state = make_state(config, agent)
     name = f"{config.env_id.replace('/', '-')}__{config.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
     folder = Path("runs") / all_gather(name)[0]
@@ -1374,9 +1489,8 @@ def start_training(given: dict[str, Any]) -> None:
 def resume_training(given: dict[str, Any]) -> None:
     """Continue a run from its checkpoint. Raises UserError."""
     name = given.pop("resume")  # a path, a name in runs/, a checkpoint, or latest
-    runs = sorted(Path("runs").glob("*/checkpoint.pt"), key=lambda path: path.stat().st_mtime)
-    paths = [Path(name), Path(name) / "checkpoint.pt", Path("runs") / name / "checkpoint.pt"]
-    path = find_file(name, runs[-1:] if name == "latest" else paths)
+    folders = (Path(name), Path("runs") / name)
+    path = find_file(name, [Path(name), *(folder / "checkpoint.pt" for folder in folders)])
     saved = read_file(path)
     try:
         settings = saved["config"]
@@ -1404,7 +1518,8 @@ def main(argv: list[str] | None = None) -> int:
             elif torchrun:
                 raise UserError(f"--{mode} does not work with torchrun")
             else:
-                {"evaluate": evaluate, "record": record, "run": play}[mode](*load_player(given))
+                action = {"evaluate": evaluate, "record": record}.get(mode, play)
+                action(*load_player(given))
         return 0
     except (ArithmeticError, ImportError, MemoryError, OSError, RuntimeError, UserError) as error:
         if isinstance(error, RuntimeError) and "allocate" not in str(error):

@@ -27,7 +27,7 @@ def new_agent():
 
 @pytest.fixture(scope="module")
 def shipped():
-    return script.load_agent(str(MODEL))[0]
+    return script.load_agent(str(MODEL))
 
 
 # ---- The network ----

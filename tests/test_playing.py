@@ -95,7 +95,7 @@ def test_a_score_is_that_of_a_plain_loop_over_the_game(monkeypatch, max_frames):
     spy(monkeypatch, gym.vector.SyncVectorEnv, "reset", lambda _, seed: seeds.extend(seed))
     args = (f"--max-frames={max_frames}", "--seed=3", "--multithreading=no")
     report = evaluate(save_model(), *args)
-    agent = script.load_agent("mine.mdl")[0]
+    agent = script.load_agent("mine.mdl")
     score, length = plain_game(agent, only(seeds), 3, max_frames)
     assert (report["scores"], report["lengths"]) == ([score], [length])
     assert length == 75 if max_frames == 300 else score > 0 and length < 1000
@@ -335,7 +335,7 @@ def test_a_model_alone_is_played_and_trained_further_as_it_was_trained(
     assert f"{settings['env_id']}, sticky actions {settings['sticky_actions']:g}, seed" in output
     report = only(reports(f"{path}.evaluations.jsonl"))
     assert settings.items() <= report.items() and report["lengths"][0] <= 60
-    assert settings.items() <= script.load_agent(path)[1].items()
+    assert settings.items() <= script.load_agent(path).settings.items()
     assert "note:" not in output
 
 
@@ -415,7 +415,7 @@ def read_pictures(path):
 
 def watched(seconds=math.inf, **settings):
     """What `watch` shows of mine.mdl for so many seconds, or until the first game is over."""
-    agent, pictures, scores = script.load_agent("mine.mdl")[0], [], []
+    agent, pictures, scores = script.load_agent("mine.mdl"), [], []
     for parts in script.watch(agent, script.Config(**settings), 1, scores):
         if scores or len(pictures) >= 60 * seconds:
             return pictures
@@ -591,7 +591,7 @@ def test_a_game_without_fire_goes_on_after_a_lost_life(asterix):
 
 def test_the_panel_shows_the_frames_and_the_decision_of_the_agent(monkeypatch):
     save_model()
-    agent, seen, shown, taken = script.load_agent("mine.mdl")[0], [], [], []
+    agent, seen, shown, taken = script.load_agent("mine.mdl"), [], [], []
     spy(monkeypatch, script.Agent, "act", lambda _, frames, *rest: seen.append(frames.clone()))
     spy(monkeypatch, script, "draw_policy", lambda _, *args: shown.append(args))
     spy(monkeypatch, script.Games, "step", lambda _, actions: taken.append(int(actions[0])))

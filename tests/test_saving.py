@@ -59,29 +59,29 @@ def test_weights_and_settings_come_back_bit_for_bit(here, agent):
     weights["actor.bias"] = torch.tensor([0.1, -0.0, 1e-45, 3e38])
     settings = {"env_id": "ALE/Breakout-v5", "sticky_actions": 0.25, "max_frames": 99}
     script.save_file({"weights": weights, **settings, "patience": 7.5}, Path("x.mdl"))
-    loaded, found, path = script.load_agent("x.mdl")
+    loaded = script.load_agent("x.mdl")
     assert_same_weights(loaded.state_dict(), weights)
-    assert found == {**settings, "patience": 7.5} and path == Path("x.mdl")
+    assert loaded.settings == {**settings, "patience": 7.5} and loaded.path == Path("x.mdl")
 
 
 @pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod."])
 def test_a_bare_state_dict_is_loaded_whatever_wrapped_the_network(here, agent, prefix):
     torch.save({prefix + name: x for name, x in agent.state_dict().items()}, "bare.pt")
-    loaded, settings, _ = script.load_agent("bare.pt")
+    loaded = script.load_agent("bare.pt")
     assert_same_weights(loaded.state_dict(), agent.state_dict())
-    assert settings == {"patience": 0.0}, "it has learnt without patience"
+    assert loaded.settings == {"patience": 0.0}, "it has learnt without patience"
 
 
 def test_unknown_keys_are_ignored(here, agent):
     strange = {0: torch.ones(1), "x.y": torch.ones(2)}
     torch.save({"weights": agent.state_dict() | strange, "colour": "blue"}, "x.mdl")
-    assert_same_weights(script.load_agent("x.mdl")[0].state_dict(), agent.state_dict())
+    assert_same_weights(script.load_agent("x.mdl").state_dict(), agent.state_dict())
 
 
 def test_the_weights_of_a_checkpoint_can_be_played(finished):
     with contextlib.chdir(finished):
         run = only(Path("runs").iterdir())
-        loaded = script.load_agent(str(run / "checkpoint.pt"))[0]
+        loaded = script.load_agent(str(run / "checkpoint.pt"))
         assert_same_weights(loaded.state_dict(), load(run / "last.mdl")["weights"])
 
 
@@ -89,7 +89,7 @@ def test_the_weights_of_a_checkpoint_can_be_played(finished):
 def test_a_model_is_found_by_its_name_here_and_in_models(here, agent, name):
     for path in (Path("here.mdl"), Path("models/there.mdl")):
         script.save_file({"weights": agent.state_dict()}, path)
-    assert_same_weights(script.load_agent(name)[0].state_dict(), agent.state_dict())
+    assert_same_weights(script.load_agent(name).state_dict(), agent.state_dict())
 
 
 def test_a_tilde_is_the_home_folder(here, agent, monkeypatch):
@@ -184,7 +184,7 @@ def fuzz(agent, count, seed):
     for number in range(count):
         Path("bad.mdl").write_bytes(damage(rng, whole if number % 2 else small))
         try:
-            loaded = script.load_agent("bad.mdl")[0]
+            loaded = script.load_agent("bad.mdl")
         except script.UserError as error:
             assert "bad.mdl" in str(error)
         else:
