@@ -351,10 +351,9 @@ class Agent(nn.Module):
 
     precision = torch.float32  # of the large layers; weights, actor and critic are float32
     patience = Config.patience
-    path: Path  # of the file that it was loaded from
+    path = Path("new agent")  # of the file that it was loaded from, as what follows
     settings: dict[str, Any]  # that it was trained with: MODEL_SETTINGS
-    steps = 0  # of training
-    mean_score = math.nan  # at the end of training
+    steps, mean_score = 0, math.nan  # at the end of its training
 
     def __init__(self, num_actions: int) -> None:
         super().__init__()
@@ -1082,7 +1081,7 @@ def draw_policy(panel: np.ndarray, names: list[str], probs: list[float], action:
     """
     draw_text(panel, "policy: probability of each action", 24, 258)
     # Columns, height of a row, left end of the bar, its length, left end of the percentage.
-    wide, narrow = (1, 27, 138, 174, 328), (2, 18, 109, 44, 161)
+    wide, narrow = (1, 27, 138, 174, 328), (2, 18, 106, 40, 153)
     columns, row, left, bar, right = wide if len(names) <= 6 else narrow
     for i, (name, prob) in enumerate(zip(names, probs)):
         column, line = divmod(i, math.ceil(len(names) / columns))
@@ -1193,7 +1192,7 @@ def draw_frames(config: Config, agent: Agent) -> np.ndarray:
     steps = round((config.seconds or 10) * EMULATOR_FPS / FRAME_SKIP)
     next(itertools.islice(play_steps(agent, games, config, config.seed), steps, None))
     screen, frames = games.env.render()[0][-1], games.frames[0]
-    canvas = np.full((798, 1156, 3), BACKGROUND, np.uint8)
+    canvas = np.full((792, 1156, 3), BACKGROUND, np.uint8)
 
     def put(image: np.ndarray, label: str, x: int, y: int, width: int, height: int) -> None:
         image = cv2.resize(image, (width, height), interpolation=cv2.INTER_NEAREST)
@@ -1204,7 +1203,7 @@ def draw_frames(config: Config, agent: Agent) -> np.ndarray:
     put(cv2.cvtColor(screen, cv2.COLOR_RGB2GRAY), "2. grayscale", 368, 48, 320, 420)
     put(frames[-1], "3. resized to 84 x 84", 712, 48, 420, 420)
     for i, frame in enumerate(frames):
-        put(frame, f"4. observation: frame {i + 1} of {len(frames)}", 24 + 281 * i, 516, 264, 264)
+        put(frame, f"4. observation: frame {i + 1} of {len(frames)}", 24 + 285 * i, 516, 252, 252)
     return canvas
 
 

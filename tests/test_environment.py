@@ -128,8 +128,8 @@ def test_a_game_is_truncated_after_max_frames_rounded_up_to_whole_steps(wrapped)
 def test_render_returns_the_frames_of_a_step_in_colour(wrapped):
     env = wrapped(FakeAtari(), keep_rgb=True)
     env.reset()
+    assert [frame.max() for frame in env.render()] == [2], "after a reset"
     for newest in (6, 10, 14):
-        env.render()
         env.step(0)
         frames = env.render()
         assert [frame.max() for frame in frames] == [newest - 3, newest - 2, newest - 1, newest]

@@ -221,6 +221,19 @@ def test_actions_are_sampled_with_their_probabilities():
     torch.testing.assert_close(shares, torch.tensor([0.5, 0.3, 0.2]), atol=0.02, rtol=0)
 
 
+def test_predict_samples_the_action_for_one_observation():
+    class ShapedAgent(FixedAgent):
+        def forward(self, frames):
+            assert frames.shape == (1, 4, 84, 84) and frames.dtype == torch.uint8
+            return super().forward(frames)
+
+    torch.manual_seed(0)
+    agent, obs = ShapedAgent([0.9, 0.0, 0.1]), np.zeros((4, 84, 84), np.uint8)
+    actions = [agent.predict(obs) for _ in range(500)]
+    assert all(type(action) is int for action in actions) and set(actions) == {0, 2}
+    assert 20 < actions.count(2) < 90
+
+
 def test_a_greedy_agent_takes_the_most_probable_action():
     actions = decide(FixedAgent([0.3, 0.36, 0.34]), np.zeros(100, int), greedy=True)["actions"]
     assert set(actions.tolist()) == {1}

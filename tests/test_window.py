@@ -170,7 +170,7 @@ def test_h_shows_the_keys_in_the_picture_and_prints_them(window):
     until(lambda: white() == 0)
     window.press("h")
     until(lambda: white() > 300)
-    assert window.said(r"q quit.*space pause.*n panel.*g GIF.*v MP4.*r new game")
+    assert window.said(r"q quit.*p pause.*n panel.*g GIF.*v MP4.*r new game")
     until(lambda: white() == 0)
 
 
@@ -277,16 +277,17 @@ def play(monkeypatch, tmp_path):
 
     def wait(milliseconds):
         now[0] += milliseconds / 1000
-        return ord(keys.get(len(pictures), "\0"))
+        key = keys.get(len(pictures), 0)
+        return key if isinstance(key, int) else ord(key)
 
     def count_frames(*args):
         for frame in watch(*args):
             frames.append(1)
             yield frame
 
-    def run(at, *args):
+    def run(at, *args, mode="--run"):
         keys.update(at)
-        assert script.main(["--run", RANDOM, *args]) == 0
+        assert script.main([mode, RANDOM, *args]) == 0
         return pictures, numbers, now[0] - 1000
 
     keys = {}
@@ -349,6 +350,127 @@ def test_a_recording_that_fails_later_does_not_end_the_game(play, monkeypatch, c
     assert capsys.readouterr().out.count("No space left on device") == 1
 
 
+def test_each_key_press_of_the_player_is_one_step_of_its_action(play, monkeypatch):
+    actions, step = [], script.Games.step
+
+    def note(games, taken):
+        actions.append(taken.tolist())
+        return step(games, taken)
+
+    monkeypatch.setattr(script.Games, "step", note)
+    left, right, up = 65361, 65363, 65362
+    keys = {5: "a", 13: right, 21: " ", 29: up, 37: "d", 41: left, 60: "q"}
+    play(keys, mode="--play")
+    noop, fire, to_right, to_left = ([i] for i in range(4))
+    assert actions[:3] == [noop, noop, to_left], "the step after the picture, the first of step 2"
+    assert [x for x in actions if x != noop] == [to_left, to_right, fire, to_right, to_left]
+
+
+def test_the_panel_shows_what_the_agent_would_do_in_the_players_place(play, monkeypatch):
+    decided, shown, act, draw = [], [], script.Agent.act, script.draw_policy
+
+    def note_decision(*args):
+        decided.append(act(*args))
+        return decided[-1]
+
+    def note_panel(panel, names, probs, action):
+        shown.append((probs, action))
+        draw(panel, names, probs, action)
+
+    monkeypatch.setattr(script.Agent, "act", note_decision)
+    monkeypatch.setattr(script, "draw_policy", note_panel)
+    play({80: "q"}, mode="--play")
+    assert shown == [(x["probs"][0].tolist(), x["actions"].item()) for x in decided[: len(shown)]]
+    assert {action for _, action in shown} == {0, 1, 2, 3}, "while the player does nothing"
+
+
+def test_the_players_score_is_compared_with_the_agent_a_human_and_random_play(play, capsys):
+    play({100: "q"}, "--max-frames=40", mode="--play")
+    output = capsys.readouterr().out
+    assert re.search(r"\d games, mean score 0.00\nrandom_breakout in training: ", output)
+    assert "random play 1.7, a human 31.8" in output
+
+
+def train_here(*args):
+    tiny = ["--num-envs=1", "--num-steps=8", "--num-minibatches=1", "--total-timesteps=8"]
+    assert script.main([*tiny, *args]) == 0
+
+
+def test_latest_plays_the_newest_run_and_takes_newer_weights_when_a_game_is_over(
+    play, monkeypatch, capsys
+):
+    train_here()
+    time.sleep(0.02)
+    train_here("--env-id=ALE/Pong-v5")  # which has six actions
+    newest = max(Path("runs").glob("*/checkpoint.pt"), key=lambda path: path.stat().st_mtime)
+    drawn, draw, take, biases = [], script.draw_text, script.take_newer_weights, []
+
+    def note(image, text, *args, **named):
+        drawn.append(text)
+        draw(image, text, *args, **named)
+
+    def save_newer(agent):
+        content = script.read_file(newest)
+        content["steps"] += 1000
+        content["weights"]["actor.bias"] += 1
+        script.save_file(content, newest)
+        take(agent)
+        biases.append(agent.actor.bias.mean().item())
+
+    monkeypatch.setattr(script, "draw_text", note)
+    monkeypatch.setattr(script, "take_newer_weights", save_newer)
+    play({100: "q"}, "--model-filename=latest", "--max-frames=40")
+    about = list(dict.fromkeys(text for text in drawn if text.startswith("checkpoint.pt")))
+    numbers = [int(re.search(r": ([\d,]+) steps", text)[1].replace(",", "")) for text in about]
+    assert numbers == [8 + 1000 * i for i in range(len(numbers))] and len(numbers) > 1
+    assert biases == pytest.approx([1 + i for i in range(len(biases))], abs=1e-4)
+
+
+def test_weights_that_cannot_be_read_do_not_end_the_game(play, monkeypatch, capsys):
+    train_here()
+    checkpoint = only(Path("runs").glob("*/checkpoint.pt"))
+    take = script.take_newer_weights
+
+    def damage(agent):
+        checkpoint.write_bytes(b"\0" * 99)
+        take(agent)
+        checkpoint.unlink()
+
+    monkeypatch.setattr(script, "take_newer_weights", damage)
+    pictures, _, _ = play({100: "q"}, "--model-filename=latest", "--max-frames=40")
+    assert len(pictures) == 100
+    assert f"cannot load {checkpoint}" in capsys.readouterr().out
+
+
+def test_the_status_line_stays_within_the_picture_of_the_game(play):
+    pictures, _, _ = play({2: "h", 40: "q"})
+    message, silent = pictures[5], pictures[0].copy()
+    silent[600:] = 0
+    assert (message[600:, :480] > 200).all(-1).any()
+    assert not (message[608:, 480:] > 200).all(-1).any(), "white, as the message is"
+
+
+@pytest.mark.parametrize("count", [3, 4, 6, 9, 18])
+def test_no_text_or_bar_of_the_policy_covers_another(monkeypatch, count):
+    names = script.action_names("ALE/Seaquest-v5")
+    names = sorted(names, key=len, reverse=True)[:count]
+    texts, draw = [], script.draw_text
+
+    def note(image, *args):
+        alone = np.zeros((630, 600, 3), np.uint8)
+        draw(alone, *args)
+        texts.append(alone.any(-1))
+
+    monkeypatch.setattr(script, "draw_text", note)
+    panel = np.zeros((630, 420, 3), np.uint8)
+    script.draw_policy(panel, names, [1.0] * count, 0)
+    bars = np.pad(panel.any(-1), ((0, 0), (0, 180)))
+    assert len(texts) == 1 + 2 * count and all(text.any() for text in texts)
+    assert (np.sum(texts, axis=0) + bars).max() == 1
+    rows, columns = np.nonzero(np.any(texts, axis=0) | bars)
+    assert columns.max() < 400 and columns.min() >= 20 and rows.max() < 450, "above the value"
+
+
 # --------------------------------------------------------------------------------------- no screen
 
 
@@ -377,6 +499,13 @@ def test_without_a_display_it_says_why_and_records(no_display, monkeypatch, caps
         monkeypatch.setenv("DISPLAY", display)
     output = run_and_record(monkeypatch, capsys)
     assert "annot open a window" in output and f"could not connect to display {display}" in output
+
+
+def test_without_a_display_nobody_can_play(no_display, capsys):
+    assert script.main(["--play", RANDOM]) == 1
+    output, errors = capsys.readouterr()
+    assert output == "" and errors.count("\n") == 1 and "cannot open a window" in errors
+    assert os.listdir() == []
 
 
 def test_a_display_that_does_not_answer_is_given_ten_seconds(no_display, monkeypatch, capsys):
