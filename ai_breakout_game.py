@@ -809,13 +809,18 @@ def say(text: str) -> None:
             sys.stdout.flush()
 
 
+def report(action: str, error: Exception) -> None:
+    """Say that `action` failed, in one line with the system's reason."""
+    say(f"cannot {action}: {getattr(error, 'strerror', None) or repr(error)}")
+
+
 @contextlib.contextmanager
 def reported(action: str) -> Iterator[None]:
-    """Report any error in `action` by one line with the system's reason, and go on."""
+    """Report any error in `action`, and go on."""
     try:
         yield
     except Exception as error:
-        say(f"cannot {action}: {getattr(error, 'strerror', None) or repr(error)}")
+        report(action, error)
 
 
 def progress_bar(total: int | None, unit: str, initial: int = 0) -> tqdm:
@@ -861,13 +866,14 @@ class Logger:
         points += [("charts/mean_return_100", state.mean_score)] * bool(state.scores)
         points += [("charts/episodic_return", game.score) for game in finished]
         points += [("charts/episodic_length", game.length) for game in finished]
-        writer, self.writer = self.writer, None  # after an error, there is none until `open`
-        if writer:
-            with reported(f"write curves to {self.folder}/"):
+        if self.writer:
+            try:
                 for tag, value in points:
-                    writer.add_scalar(tag, value, state.global_step)
-                writer.flush()
-                self.writer = writer
+                    self.writer.add_scalar(tag, value, state.global_step)
+                self.writer.flush()
+            except Exception as error:
+                report(f"write curves to {self.folder}/", error)
+                self.writer = None  # until the next `open`
 
 
 def save_checkpoint(state: TrainState, config: Config, folder: Path) -> bool:
@@ -1319,11 +1325,12 @@ class Window:
 
     def show(self, pictures: tuple[np.ndarray, np.ndarray]) -> None:
         """Show an emulator frame for as long as it lasts, and while the game is paused."""
-        if recorder := self.recorder:
-            self.recorder = None  # after an error
-            with reported(f"write {recorder.path}"):
-                recorder.add(np.hstack(pictures[: 1 + self.panel]))
-                self.recorder = recorder
+        if self.recorder:
+            try:
+                self.recorder.add(np.hstack(pictures[: 1 + self.panel]))
+            except Exception as error:
+                report(f"write {self.recorder.path}", error)
+                self.recorder = None
         self.count += 1
         if self.count % max(1, round(self.speed)) == 0:  # at high speed, every nth
             period = 1 / (EMULATOR_FPS * min(1, self.speed))
