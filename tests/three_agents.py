@@ -1,17 +1,16 @@
-"""Draw models/three_agents.gif: several agents play the same start, side by side.
+"""Draw models/three_agents.gif: three agents play the same start, side by side.
 
-python tests/three_agents.py random models/ai_breakout_game200000.mdl models/ai_breakout_game.mdl
+    python tests/three_agents.py random FIRST.mdl SECOND.mdl
 """
 
 import sys
 from pathlib import Path
 
-import cv2
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import ai_breakout_game as script
+import ai_breakout_game as script  # noqa: E402
 
 LABELS = ("random play", "after 200,000 steps", "the champion")
 SEED, SECONDS = 4, 20
