@@ -52,6 +52,8 @@ with contextlib.suppress(OSError, AttributeError):
     for option, value in ((-3, 32 * 2**20), (-1, 2**31 - 1)):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
         ctypes.CDLL("libc.so.6").mallopt(option, value)
 
+if sys.version_info < (3, 11):  # noqa: UP036
+    sys.exit(f"Python 3.11 or newer is needed; this is {sys.version.split()[0]}")
 try:
     import ale_py  # noqa: I001
     import cv2
@@ -70,6 +72,7 @@ try:
     from ale_py.env import AtariEnv
     from ale_py.vector_env import AtariVectorEnv
     from torch import Tensor, nn
+    from torch.utils.tensorboard import SummaryWriter
 except ImportError as error:
     install = f"{sys.executable} -m pip install -r requirements.txt"
     sys.exit(f"{error}: try `{install}`; on Debian OpenCV also needs `apt-get install libgl1`")
@@ -844,9 +847,8 @@ class Logger:
     """Writes curves for TensorBoard and shows the progress. Its errors do not end the training."""
 
     def __init__(self, folder: Path, config: Config, state: TrainState) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # takes a second
-
-        self.folder, self.config, self.writer, self.new_writer = folder, config, None, SummaryWriter
+        self.folder, self.config = folder, config
+        self.writer: SummaryWriter | None = None
         total = config.num_updates * config.num_envs * config.num_steps
         self.bar = progress_bar(total, "step", state.global_step)
         threading.excepthook = lambda _: None  # the writer's thread: `log` reports what ended it
@@ -855,7 +857,7 @@ class Logger:
         """Start a file of curves, unless there is one. TensorBoard drops what followed `step`."""
         if not self.writer or not any(self.folder.glob("events.*")):
             with reported(f"write curves to {self.folder}/"):
-                self.writer = self.new_writer(str(self.folder), purge_step=step + 1)
+                self.writer = SummaryWriter(str(self.folder), purge_step=step + 1)
                 self.writer.add_text("config", repr(self.config), step)
 
     def log(self, state: TrainState, finished: list, numbers: dict[str, float]) -> None:
