@@ -59,8 +59,8 @@ def test_its_curve_ends_at_its_steps_with_its_score():
 def test_its_score_comes_out_again(tmp_path):
     """Other games than those of the card: the two means differ by chance alone."""
     shutil.copy(MODEL, tmp_path / "again.mdl")
-    args = ("--evaluate=16", "--seed=1000", "--model-filename=again.mdl")
-    done = run_script(*args, cwd=tmp_path, timeout=2900)
+    args = ("--evaluate=8", "--seed=1000", "--model-filename=again.mdl")
+    done = run_script(*args, cwd=tmp_path, timeout=2900, OMP_NUM_THREADS="2")
     assert done.returncode == 0, done.stderr
     again = json.loads((tmp_path / "again.mdl.evaluations.jsonl").read_text())
     bound = (2 * REPORT["interval_95"] ** 2 + 2 * again["interval_95"] ** 2) ** 0.5  # 2.8 sigma

@@ -472,8 +472,9 @@ def test_kill_9_at_thirty_moments_loses_nothing(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
-def test_it_learns(tmp_path):
+def test_it_learns(tmp_path, monkeypatch):
     """The mean of 100 games of random play is 1.3, with a standard error of 0.13."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")  # nothing runs beside it
     process, line = start("--total-timesteps=400000", cwd=tmp_path), ""
     for line in process.stdout:  # twice a minute
         found = re.match(r"([\d,]+) of .* mean score ([\d.]+)", line)

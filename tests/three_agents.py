@@ -1,6 +1,6 @@
 """Draw models/three_agents.gif: three agents play the same start, side by side.
 
-    python tests/three_agents.py random FIRST.mdl SECOND.mdl
+python tests/three_agents.py random FIRST.mdl SECOND.mdl
 """
 
 import sys
