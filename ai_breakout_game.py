@@ -980,9 +980,7 @@ def train(config: Config, state: TrainState, folder: Path) -> None:
 EMULATOR_FPS = 60
 
 
-def play_steps(
-    agent: Agent, games: Games, config: Config, seed: int, human=None
-) -> Iterator[tuple]:
+def play_steps(agent: Agent, games: Games, config: Config, seed: int, human=None) -> Iterator:
     """Play N games without end. Yields for each step the frames, what `act` says, the result. If
     there is a function `human`, it chooses the action instead of the agent.
     """
@@ -1361,12 +1359,11 @@ def play(config: Config, agent: Agent) -> None:
         say(f"Cannot open a window: {problem}. Recording a minute to {name} instead.")
         return record(dataclasses.replace(config, record=name, seconds=60.0), agent)
     window, scores, num_games = Window(config), [], 0
+    human = window.choose if config.play else None
     with contextlib.suppress(KeyboardInterrupt):  # Ctrl-C, q, or the window was closed
         for seed in itertools.count(config.seed):
             window.restart = False
-            for pictures in watch(
-                agent, config, seed, scores, window.choose if config.play else None
-            ):
+            for pictures in watch(agent, config, seed, scores, human):
                 window.show(pictures)
                 if window.restart:
                     break
