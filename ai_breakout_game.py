@@ -714,6 +714,7 @@ def find_file(name: str, paths: list[Path]) -> Path:
             return path
     there = [x.name for x in (*Path("models").glob("*.mdl"), *Path("runs").glob("*__*"))]
     near = difflib.get_close_matches(name, there, cutoff=0.5)
+    name = "run" if name == "latest" else name
     raise UserError(f"there is no {name} here" + (f", but {' and '.join(near)}" if near else ""))
 
 
@@ -740,13 +741,14 @@ def load_agent(name: str) -> Agent:
         agent.load_state_dict({name: weights[name] for name in agent.state_dict()})
         if not all(x.isfinite().all() for x in agent.parameters()):
             raise ValueError("a weight is not finite")
+        agent.steps = int(content.get("steps", 0))
+        agent.mean_score = float(content.get("mean_return", math.nan))
     except Exception as error:  # of a dozen types: strange tensors, strange names
         raise UserError(f"{path} is not a model: {type(error).__name__}: {error}") from None
     kinds = {name: type(getattr(Config, name)) for name in MODEL_SETTINGS}
     agent.settings = {k: content[k] for k, x in kinds.items() if isinstance(content.get(k), x)}
     agent.patience = agent.settings.setdefault("patience", 0.0)
-    agent.path, agent.steps = path, int(content.get("steps", 0))
-    agent.mean_score = float(content.get("mean_return", math.nan))
+    agent.path = path
     return agent
 
 
@@ -1122,7 +1124,7 @@ def watch(agent: Agent, config: Config, seed: int, scores: list, human=None) -> 
         panel = np.full((len(shown[0]), 420, 3), BACKGROUND, np.uint8)
         mean = f"{np.mean(scores):.1f}" if scores else "-"
         numbers = (f"{games.scores[0]:.10g}", games.lives[0], len(scores) + 1, mean)
-        for x, name, value in zip((24, 150, 234, 318), ("score", "lives", "game", "mean"), numbers):
+        for x, name, value in zip((24, 154, 212, 296), ("score", "lives", "game", "mean"), numbers):
             draw_text(panel, name, x, 39)
             draw_text(panel, str(value), x, 81, 36, ORANGE if name == "score" else WHITE)
         draw_text(panel, "observation: the last four frames", 24, 123)
@@ -1132,13 +1134,7 @@ def watch(agent: Agent, config: Config, seed: int, scores: list, human=None) -> 
         draw_policy(panel, games.action_names, probs, action)
         values.append(value)
         draw_values(panel, values)
-        draw_text(
-            panel,
-            f"{agent.path.name}: {agent.steps:,} steps in its last run",
-            24,
-            len(panel) - 8,
-            12,
-        )
+        draw_text(panel, f"{agent.path.name}: run of {agent.steps:,} steps", 24, len(panel) - 8, 12)
         yield from ((game, panel) for game in shown)
         scores.extend(game.score for game in result.finished)
 
@@ -1160,7 +1156,7 @@ class Recorder:
                 small = cv2.resize(picture, None, fx=2 / 3, fy=2 / 3, interpolation=cv2.INTER_AREA)
                 image = Image.fromarray(cv2.cvtColor(small, cv2.COLOR_BGR2RGB))
                 self.images.append(image.quantize(128, dither=Image.Dither.NONE))
-                if len(self.images) % 150 == 0:  # ten seconds: a lost display ends the process
+                if len(self.images) % 300 == 0:  # a lost display would end the process
                     self.save_gif()
         else:
             if self.video is None:  # H.264 with 4:2:0 colour plays in every browser
@@ -1347,7 +1343,7 @@ def take_newer_weights(agent: Agent) -> None:
         with reported(f"load {agent.path}"):
             newer = load_agent(str(agent.path))
             agent.load_state_dict(newer.state_dict())
-            agent.steps = newer.steps
+            agent.steps, agent.mean_score = newer.steps, newer.mean_score
 
 
 def play(config: Config, agent: Agent) -> None:
@@ -1375,14 +1371,15 @@ def play(config: Config, agent: Agent) -> None:
         say(f"{len(scores)} games, mean score {np.mean(scores):.2f}")
     if config.play:
         others = reference_scores(config.env_id)
-        say(f"{agent.path.name} in training: {agent.mean_score:.2f}{others}")
+        mean = "unknown" if math.isnan(agent.mean_score) else f"{agent.mean_score:.2f}"
+        say(f"{agent.path.name} in training: {mean}{others}")
 
 
 # ---- Command line --------------------------------------------------------------------------------
 
 # The groups of flags that each mode uses, besides "mode" and "game".
 MODES = {"train": ("training", "PPO"), "resume": ("training", "PPO"), "run": ("playing",)}
-MODES |= {"play": (), "evaluate": ("playing",), "record": ("playing", "recording")}
+MODES |= {"play": ("playing",), "evaluate": ("playing",), "record": ("playing", "recording")}
 YES, NO = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
 
 

@@ -144,12 +144,15 @@ def test_a_tilde_in_a_name_is_the_home_folder(started, monkeypatch):
         ("--model-filename=nowhere.mdl", "there is no nowhere.mdl"),
         ("--run --model-filename=nowhere.mdl", "there is no nowhere.mdl"),
         ("--record=a.gif --model-filename=nowhere.mdl", "there is no nowhere.mdl"),
-        ("--resume=latest", "there is no latest"),
+        ("--resume=latest", "there is no run here"),
         ("--resume=nowhere", "there is no nowhere"),
-        ("--record=film.avi", "--record=film.avi must end in .gif or .mp4"),
+        ("--run --model-filename=latest", "there is no run here"),
+        ("--play --model-filename=latest", "there is no run here"),
+        ("--record=film.avi", "--record=film.avi must end in .gif, .mp4 or .png"),
         ("--record=a.gif --evaluate=2", "--evaluate and --record exclude each other"),
         ("--run=1 --evaluate=2", "--run and --evaluate exclude each other"),
         ("--resume=latest --run", "exclude each other"),
+        ("--run --play", "--run and --play exclude each other"),
         ("--record=a.gif --seconds=0", "--seconds: must be"),
         ("--seconds=5", "--seconds is for recording"),
         ("--run --seconds=5", "--seconds is for recording, not for (--)?run"),
@@ -268,7 +271,7 @@ def test_training_works_in_a_thread():
     assert only(Path("models").iterdir()).name == "ai_breakout_game8.mdl"
 
 
-@pytest.mark.parametrize("package", ["cv2", "av", "torch"])
+@pytest.mark.parametrize("package", ["cv2", "torch", "tensorboard"])
 def test_a_package_that_is_missing_gets_one_line(package):
     Path(f"{package}.py").write_text("raise ImportError('libGL.so.1: no such file')")
     done = run_script("--help", cwd=".", PYTHONPATH=os.getcwd())

@@ -134,6 +134,15 @@ def test_render_returns_the_frames_of_a_step_in_colour(wrapped):
         frames = env.render()
         assert [frame.max() for frame in frames] == [newest - 3, newest - 2, newest - 1, newest]
         assert frames[0].shape == (210, 160, 3)
+    for _ in range(40):
+        env.step(0)
+    assert len(env.render()) == 4, "of the last step only, though nobody looked at the others"
+
+
+def test_render_returns_fewer_frames_where_the_game_ends_within_a_step(wrapped):
+    env = wrapped(FakeAtari(over=4), keep_rgb=True)
+    env.reset()
+    assert env.step(0)[2] and [frame.max() for frame in env.render()] == [3, 4]
 
 
 # ---- `Games`, on a script ----

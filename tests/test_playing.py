@@ -490,11 +490,11 @@ def test_a_gif_of_a_long_game_ends_after_forty_seconds(monkeypatch, capsys):
     assert read_pictures("a.gif")[1] == 1 and "60 frames," in capsys.readouterr().out
 
 
-def test_a_gif_is_saved_every_ten_seconds_since_a_lost_display_ends_the_process():
+def test_a_gif_is_saved_every_twenty_seconds_since_a_lost_display_ends_the_process():
     recorder = script.Recorder(Path("a.gif"))
-    for i in range(4 * 150):
+    for i in range(4 * 300):
         recorder.add(np.full((6, 6, 3), i % 250, np.uint8))
-    assert read_pictures("a.gif")[1] == pytest.approx(10)
+    assert read_pictures("a.gif")[1] == pytest.approx(20)
 
 
 @pytest.mark.parametrize("seconds", [None, 1])
@@ -556,6 +556,12 @@ def test_a_recording_that_cannot_be_written_is_refused_before_it_is_played(
     assert script.main([f"--record={path}", RANDOM]) in (1, 2)
     errors = capsys.readouterr().err
     assert path in errors and errors.count("\n") == 1
+
+
+def test_a_png_that_cannot_be_written_gets_one_line(capsys):
+    assert script.main(["--record=missing/a.png", "--seconds=0.1", RANDOM]) == 1
+    output, errors = capsys.readouterr()
+    assert output == "" and "missing/a.png" in errors and errors.count("\n") == 1
 
 
 @pytest.mark.parametrize("path", ["a.gif", "a.mp4"])

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import math
 import os
 import pickle
 import random
@@ -58,10 +59,12 @@ def test_weights_and_settings_come_back_bit_for_bit(here, agent):
     weights = {name: x.clone() for name, x in agent.state_dict().items()}
     weights["actor.bias"] = torch.tensor([0.1, -0.0, 1e-45, 3e38])
     settings = {"env_id": "ALE/Breakout-v5", "sticky_actions": 0.25, "max_frames": 99}
-    script.save_file({"weights": weights, **settings, "patience": 7.5}, Path("x.mdl"))
+    about = {"patience": 7.5, "steps": 3000, "mean_return": 1.25}
+    script.save_file({"weights": weights, **settings, **about}, Path("x.mdl"))
     loaded = script.load_agent("x.mdl")
     assert_same_weights(loaded.state_dict(), weights)
     assert loaded.settings == {**settings, "patience": 7.5} and loaded.path == Path("x.mdl")
+    assert (loaded.steps, loaded.mean_score) == (3000, 1.25)
 
 
 @pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod."])
@@ -70,6 +73,7 @@ def test_a_bare_state_dict_is_loaded_whatever_wrapped_the_network(here, agent, p
     loaded = script.load_agent("bare.pt")
     assert_same_weights(loaded.state_dict(), agent.state_dict())
     assert loaded.settings == {"patience": 0.0}, "it has learnt without patience"
+    assert loaded.steps == 0 and math.isnan(loaded.mean_score), "both are unknown"
 
 
 def test_unknown_keys_are_ignored(here, agent):
@@ -199,6 +203,13 @@ def test_sixty_damaged_files_never_give_wrong_weights(here, agent):
 @pytest.mark.slow
 def test_a_thousand_damaged_files_never_give_wrong_weights(here, agent):
     fuzz(agent, 1000, seed=1)
+
+
+@pytest.mark.parametrize("about", [{"steps": "many"}, {"mean_return": None}, {"steps": [1]}])
+def test_strange_numbers_in_a_model_are_no_bug_of_the_program(here, agent, about):
+    torch.save({"weights": agent.state_dict(), **about}, "x.mdl")
+    with contextlib.suppress(script.UserError):
+        assert_same_weights(script.load_agent("x.mdl").state_dict(), agent.state_dict())
 
 
 @pytest.mark.parametrize("error", [OSError("full"), KeyboardInterrupt()])
