@@ -243,6 +243,7 @@ def test_a_symbolic_link_to_the_script_finds_the_agent_that_ships():
     assert sorted(os.listdir()) == ["a.gif", "link.py"]
 
 
+@pytest.mark.slow
 def test_no_warning_is_raised_in_training_or_playing():
     code = f"""if True:
         import sys; sys.path.insert(0, {str(ROOT)!r})

@@ -126,6 +126,7 @@ def test_one_process_resumes_what_two_have_trained(two, tmp_path, monkeypatch):
     assert points(run_of("."), "losses/loss")[0] == [16, 32, 48]
 
 
+@pytest.mark.slow
 def test_ctrl_c_stops_all_processes_and_saves(tmp_path):
     process = torchrun(*FLAGS, cwd=tmp_path, before="")
     wait_until(lambda: list(tmp_path.glob("runs/*/events*")), process)
