@@ -528,9 +528,14 @@ script.Recorder.add = lambda *args: (add(*args), print("picture", args[0].count,
 
 
 @pytest.mark.parametrize(
-    ("path", "name", "pictures"), [("a.gif", "SIGINT", 60), ("a.gif", "SIGHUP", 60),
-                                   ("a.mp4", "SIGTERM", 60), pytest.param("a.mp4", "SIGKILL", 330, marks=pytest.mark.slow)]
-)  # fmt: skip
+    ("path", "name", "pictures"),
+    [
+        ("a.gif", "SIGINT", 60),
+        ("a.gif", "SIGHUP", 60),
+        ("a.mp4", "SIGTERM", 60),
+        pytest.param("a.mp4", "SIGKILL", 330, marks=pytest.mark.slow),
+    ],
+)
 def test_the_recording_of_a_process_that_is_ended_can_be_played(path, name, pictures):
     process = start(f"--record={path}", "--seconds=99", RANDOM, cwd=".", before=TELL_PICTURES)
     wait_for(f"picture {pictures}", process)
