@@ -1504,7 +1504,9 @@ def resume_training(given: dict[str, Any]) -> None:
         state = make_state(config)
         state.load_state_dict(saved)
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise UserError(f"{path} is not a checkpoint of this program: {error!r:.99}") from None
+        problem = f"is not a checkpoint ({error!r:.99})"
+        problem += "; use --model-filename to train a model further"
+        raise UserError(f"{path} {problem}") from None
     train(config, state, path.parent)
 
 
