@@ -43,11 +43,11 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 # Waiting OpenMP threads must sleep: the emulator needs the same cores. torch reads the variable.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-# Let glibc keep freed memory: mapping the activations anew takes a tenth of each update.
+# Let glibc keep freed memory: allocating it again takes a tenth of each update.
 with contextlib.suppress(OSError, AttributeError):
     for option, value in ((-3, 32 * 2**20), (-1, 2**31 - 1)):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
         ctypes.CDLL("libc.so.6").mallopt(option, value)
@@ -106,9 +106,13 @@ class Config:
     model_filename: str = flag("", "mode", "weights to play or train further; or latest, or random")
 
     env_id: str = flag("BreakoutNoFrameskip-v4", "game", "any ALE game that Gymnasium registers")
-    sticky_actions: float = flag(0.0, "game", "sticky actions (default: by --env-id)", high=1)
+    sticky_actions: float = flag(
+        0.0, "game", "chance to repeat the last action (default: by --env-id)", high=1
+    )
     max_frames: int = flag(108_000, "game", "emulator frames until a game is truncated", 4, 10**9)
-    patience: float = flag(250.0, "game", "steps without a point until the temperature rises")
+    patience: float = flag(
+        250.0, "game", "steps without a point until actions become more random; 0: off"
+    )
     multithreading: bool = flag(True, "game", "step the games in C++ instead of Python")
     seed: int = flag(1, "game", "random seed", high=2**30)
     device: str = flag("auto", "game", "auto, cpu, cuda or mps")
@@ -118,7 +122,7 @@ class Config:
 
     total_timesteps: int = flag(5_000_000, "training", "steps to train, all games together", 1)
     num_envs: int = flag(8, "training", "games played at once", 1, 4096)
-    precision: str = flag("auto", "training", "auto, float32 or bfloat16, of the large layers")
+    precision: str = flag("auto", "training", "of the large layers: auto, float32 or bfloat16")
 
     learning_rate: float = flag(1e-3, "PPO", "initial learning rate of Adam", high=1)
     anneal_lr: bool = flag(True, "PPO", "decrease the learning rate linearly to zero")
@@ -127,7 +131,9 @@ class Config:
     gae_lambda: float = flag(0.95, "PPO", "lambda of generalized advantage estimation", high=1)
     num_minibatches: int = flag(4, "PPO", "minibatches per epoch", 1)
     update_epochs: int = flag(2, "PPO", "epochs per rollout", 1, 1000)
-    learn_fraction: float = flag(1.0, "PPO", "below 1: part to sample by importance", 0.01, 1)
+    learn_fraction: float = flag(
+        1.0, "PPO", "share of the steps to learn from, by importance sampling", 0.01, 1
+    )
     life_cost: float = flag(1.0, "PPO", "penalty for the end of a life or game", high=1000)
     clip_coef: float = flag(0.1, "PPO", "clipping range of the probability ratio")
     ent_coef: float = flag(0.003, "PPO", "weight of the entropy bonus")
@@ -249,6 +255,9 @@ def make_vector_env(config: Config, num_envs: int, keep_rgb: bool = False) -> gy
     )  # fmt: skip
 
 
+TRAINING, PLAYING = 0, 1  # streams of random seeds: no game of training is played in a test
+
+
 class FinishedGame(NamedTuple):
     """A whole game that is over."""
 
@@ -258,8 +267,8 @@ class FinishedGame(NamedTuple):
 
 
 class StepResult(NamedTuple):
-    """The result of one step in N games. A reset and the serve after a lost life are steps of their
-    own, which ignore the agent's action: they are no decisions, and are not learnt from.
+    """The result of one step in N games. The reset of a game, and the serve after a lost life, are
+    steps that ignore the agent's action. They are not decisions of the agent, and not trained on.
     """
 
     rewards: np.ndarray  # (N,) float32, clipped to their sign
@@ -277,9 +286,9 @@ class Games:
         self.action_names = action_names(config.env_id)
         self.fire = self.action_names.index("FIRE") if "FIRE" in self.action_names else None
 
-    def reset(self, *entropy: int) -> None:
-        """Start new games, with seeds that SeedSequence derives from the numbers `entropy`."""
-        seeds = (np.random.SeedSequence(entropy).generate_state(self.num_envs) >> 1).astype(int)
+    def reset(self, *stream: int) -> None:
+        """Start new games, with seeds that SeedSequence derives from the numbers of `stream`."""
+        seeds = (np.random.SeedSequence(stream).generate_state(self.num_envs) >> 1).astype(int)
         native = isinstance(self.env, AtariVectorEnv)
         self.frames, info = self.env.reset(seed=seeds if native else seeds.tolist())
         self.lives = info["lives"]
@@ -290,9 +299,10 @@ class Games:
     def step(self, actions: np.ndarray) -> StepResult:
         """Take `actions`, (N,) int64. Raises ValueError for a number that is not an action."""
         if actions.min() < 0 or actions.max() >= len(self.action_names):  # ale-py would hang
-            raise ValueError(f"actions {actions}: the game has {len(self.action_names)}")
+            raise ValueError(f"actions {actions} are not from 0 to {len(self.action_names) - 1}")
         actions = np.where(self.serve, self.fire or 0, actions)
-        restarted, decided = self.game_over, ~(self.game_over | self.serve)
+        restarted = self.game_over  # this step resets the game
+        decided = ~(restarted | self.serve)
         self.frames, rewards, over, truncated, info = self.env.step(actions)
 
         life_lost = ~restarted & (info["lives"] > 0) & (info["lives"] < self.lives)
@@ -327,7 +337,8 @@ class FrameConv(nn.Conv2d):
     """
 
     def forward(self, frames: Tensor) -> Tensor:
-        # Like pixel_unshuffle(frames, 4), but copies four pixels at a time: ten times as fast.
+        # Like pixel_unshuffle(frames, 4), but four neighbouring pixels are copied as one int32: ten
+        # times as fast.
         m, side = len(frames), FRAME_SIZE // 4
         rows = frames.contiguous().view(torch.int32).view(m, FRAME_STACK, side, 4, side)
         blocks = rows.permute(0, 2, 4, 1, 3).contiguous().view(torch.uint8)
@@ -398,7 +409,7 @@ class Agent(nn.Module):
         """Sample an action from the policy in each of N games, or take the most probable one.
 
         frames are (N, 4, 84, 84) uint8. After idle > patience steps without a point the logits are
-        divided by idle / patience: a ball that returns for ever is played more and more at random.
+        divided by idle / patience. More random actions break loops in which no brick is hit.
         Returns probs (N, A), and actions, their log_probs, values and temperatures, each (N,).
         """
         temperatures = torch.from_numpy(idle / (self.patience or math.inf)).float().clamp_(min=1)
@@ -417,7 +428,7 @@ class Agent(nn.Module):
 
 # ---- Processes: torchrun starts several, which train one agent. Skip this section at first. ------
 # Each process (rank) plays its share of the games. Gradients are summed over all ranks, so all have
-# the same weights. Rank 0 logs and saves. Without torchrun, the functions return what they get.
+# the same weights. Rank 0 logs and saves. Without torchrun, there is only rank 0.
 
 
 def rank() -> int:
@@ -480,7 +491,7 @@ class TrainState:
     best_mean: float = -math.inf  # highest mean score at a checkpoint
     scores: deque[float] = dataclasses.field(default_factory=lambda: deque(maxlen=100))
 
-    COUNTERS = ("update", "global_step", "num_games", "best_mean")
+    COUNTERS: ClassVar = ("update", "global_step", "num_games", "best_mean")
 
     @property
     def mean_score(self) -> float:
@@ -511,7 +522,7 @@ def make_rollout(num_steps: int, num_envs: int, device: torch.device) -> Batch:
     rollout = {
         "frames": zeros((num_steps + 1, num_envs, *frame), dtype=torch.uint8),  # (T + 1, N, ...)
         "values": zeros(num_steps + 1, num_envs),  # (T + 1, N)
-        "actions": zeros(size, dtype=torch.int64),  # (T, N), as all that follow
+        "actions": zeros(size, dtype=torch.int64),  # (T, N), like all that follow
     }
     rollout |= {name: zeros(size) for name in ("log_probs", "temperatures", "rewards")}
     return rollout | {name: zeros(size).bool() for name in ("terminated", "truncated", "decided")}
@@ -564,7 +575,7 @@ def compute_gae(rewards, values, terminated, truncated, gamma: float, gae_lambda
 
 
 def make_batch(rollout: Batch, config: Config) -> Batch:
-    """The steps of a rollout in one row, (B, ...), with advantages, returns and weights."""
+    """The steps of a rollout, flattened to (B, ...), with advantages, returns and weights."""
     steps = {name: x[: config.num_steps] for name, x in rollout.items()}
     terminated, truncated = steps["terminated"], steps["truncated"]
     rewards = steps["rewards"] - config.life_cost * terminated
@@ -578,8 +589,8 @@ def make_batch(rollout: Batch, config: Config) -> Batch:
 def minibatches(batch: Batch, config: Config, generator: torch.Generator) -> Iterator[Batch]:
     """One epoch: all B steps in random order, or a fraction of them, sampled by importance.
 
-    A step is drawn with a probability proportional to 0.8 |A| / mean |A| + 0.2, and its weight is
-    divided by that: the expected gradient stays the same (Kahn and Marshall 1953).
+    A step is drawn with a probability proportional to its priority, 0.8 |A| / mean |A| + 0.2. Its
+    weight is divided by the priority, which keeps the expected gradient (Kahn and Marshall 1953).
     """
     weights, size = batch["sample_weights"], len(batch["sample_weights"])
     if config.learn_fraction < 1:
@@ -675,7 +686,7 @@ MODEL_SETTINGS = ("env_id", "sticky_actions", "max_frames", "patience")  # that 
 
 
 def save_file(content: dict[str, Any], path: Path) -> None:
-    """Write a draft and rename it: whenever the process dies, `path` is whole."""
+    """Write a draft and rename it: `path` is complete even if the process dies."""
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -696,7 +707,7 @@ def read_file(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, ValueError) as error:
         problem = getattr(error, "strerror", None) or error
-    except Exception:  # of a dozen types
+    except Exception:  # of a dozen types of exception
         with open(path, "rb") as file:
             problem = "a text file" if file.read(512).isascii() else "a pickled object, or damaged"
     raise UserError(f"cannot load {path}: {problem}")
@@ -704,7 +715,7 @@ def read_file(path: Path) -> Any:
 
 def find_file(name: str, paths: list[Path]) -> Path:
     """The first of `paths` that is a file; for "latest", the newest checkpoint in runs/. Raises
-    UserError with names that are like `name`.
+    UserError with similar names.
     """
     if name == "latest":
         runs = Path("runs").glob("*/checkpoint.pt")
@@ -722,7 +733,8 @@ def model_content(state: TrainState, config: Config) -> dict[str, Any]:
     """What a model file holds: weights, and the settings that they were trained with."""
     weights = {name: x.cpu().contiguous() for name, x in state.agent.state_dict().items()}
     about = {"steps": state.global_step, "seed": config.seed, "mean_return": state.mean_score}
-    return {"weights": weights, **about, **{name: getattr(config, name) for name in MODEL_SETTINGS}}
+    settings = {name: getattr(config, name) for name in MODEL_SETTINGS}
+    return {"weights": weights, "frame_skip": FRAME_SKIP, **about, **settings}
 
 
 def load_agent(name: str) -> Agent:
@@ -741,9 +753,11 @@ def load_agent(name: str) -> Agent:
         agent.load_state_dict({name: weights[name] for name in agent.state_dict()})
         if not all(x.isfinite().all() for x in agent.parameters()):
             raise ValueError("a weight is not finite")
+        if content.get("frame_skip", FRAME_SKIP) != FRAME_SKIP:
+            raise ValueError(f"it was trained with a frame skip of {content['frame_skip']}")
         agent.steps = int(content.get("steps", 0))
         agent.mean_score = float(content.get("mean_return", math.nan))
-    except Exception as error:  # of a dozen types: strange tensors, strange names
+    except Exception as error:  # of a dozen types of exception
         raise UserError(f"{path} is not a model: {type(error).__name__}: {error}") from None
     kinds = {name: type(getattr(Config, name)) for name in MODEL_SETTINGS}
     agent.settings = {k: content[k] for k, x in kinds.items() if isinstance(content.get(k), x)}
@@ -798,7 +812,7 @@ def make_state(config: Config, agent: Agent | None = None) -> TrainState:
 
 @contextlib.contextmanager
 def output() -> Iterator[None]:
-    """Where the terminal or the pipe is closed, output goes nowhere from then on."""
+    """Once the terminal or the pipe is closed, discard all output."""
     try:
         yield
     except OSError:
@@ -895,9 +909,10 @@ def save_checkpoint(state: TrainState, config: Config, folder: Path) -> bool:
 
 def finish(state: TrainState, config: Config, folder: Path, bar: tqdm) -> bool:
     """Save the final weights, and say how to watch them and to continue. Returns success."""
-    trained, rom = state.update == config.num_updates, game_settings(config.env_id)["game"]
+    trained = state.update == config.num_updates
     steps = config.total_timesteps if trained else state.global_step
-    path, saved = Path("models") / f"ai_{rom}_game{steps}.mdl", False
+    path = Path("models") / f"ai_{game_settings(config.env_id)['game']}_game{steps}.mdl"
+    saved = False
     with reported(f"save {path}"):
         for target in (folder / "last.mdl", path):
             save_file(model_content(state, config), target)
@@ -913,7 +928,7 @@ def finish(state: TrainState, config: Config, folder: Path, bar: tqdm) -> bool:
         say(f"mean score of the last {games}: {state.mean_score:.2f}{others}")
     activated = sys.prefix == sys.base_prefix or "VIRTUAL_ENV" in os.environ
     script = shlex.join(["python3" if activated else sys.executable, os.path.relpath(__file__)])
-    more = f" --total-timesteps={2 * state.global_step}" * trained
+    more = f" --total-timesteps={2 * state.global_step}" if trained else ""
     say(f"  curves   tensorboard --logdir {shlex.quote(str(folder.parent))}")
     say(f"  resume   {script} --resume={shlex.quote(str(folder))}{more}")
     if saved:
@@ -953,7 +968,7 @@ class StopRequest:
 def train(config: Config, state: TrainState, folder: Path) -> None:
     """Train until `total_timesteps` or until a signal asks to stop. Raises UserError."""
     games = Games(config, config.num_envs // world_size())
-    games.reset(0, config.seed, state.global_step, rank())
+    games.reset(TRAINING, config.seed, state.global_step, rank())
     rollout = make_rollout(config.num_steps, games.num_envs, state.agent.device)
     say(f"{state.agent.device}, {state.agent.precision}; curves in {folder}/")
 
@@ -983,11 +998,11 @@ EMULATOR_FPS = 60
 
 
 def play_steps(agent: Agent, games: Games, config: Config, seed: int, human=None) -> Iterator:
-    """Play N games without end. Yields for each step the frames, what `act` says, the result. If
-    there is a function `human`, it chooses the action instead of the agent.
+    """Play N games without end. Yields the frames, the decision of `Agent.act` and the result of
+    each step. If there is a function `human`, it chooses the action instead of the agent.
     """
     generator = torch.Generator(agent.device).manual_seed(seed)
-    games.reset(1, seed)
+    games.reset(PLAYING, seed)
     while True:
         frames = games.frames
         decision = agent.act(torch.from_numpy(frames), games.idle, generator, config.greedy)
@@ -1012,7 +1027,8 @@ def play_games(agent: Agent, config: Config) -> list[FinishedGame]:
     the first to finish would be the short ones, whose scores are low.
     """
     slots, finished = min(config.evaluate, 32), []
-    shares, bar = np.bincount(np.arange(config.evaluate) % slots), progress_bar(None, "step")
+    shares = np.bincount(np.arange(config.evaluate) % slots)  # games to play in each slot
+    bar = progress_bar(None, "step")
     with contextlib.suppress(KeyboardInterrupt), output():
         for _, _, result in play_steps(agent, Games(config, slots), config, config.seed):
             counted = [game for game in result.finished if shares[game.slot]]
@@ -1026,7 +1042,7 @@ def play_games(agent: Agent, config: Config) -> list[FinishedGame]:
 
 
 def print_scores(scores: np.ndarray, interval: float | None, env_id: str) -> None:
-    """Mean, interval and histogram of the scores: a mean alone hides that there are two humps."""
+    """Print mean, interval and histogram: a mean alone hides that scores have two modes."""
     mean = f"mean {scores.mean():,.2f}" + (f" +- {interval:,.2f} (95 %)" if interval else "")
     low, median, high = (f"{x:,.10g}" for x in np.quantile(scores, (0, 0.5, 1)))
     say(f"{len(scores)} games: {mean}, median {median}, from {low} to {high}")
@@ -1068,9 +1084,9 @@ def evaluate(config: Config, agent: Agent) -> None:
         file.write(json.dumps(report) + "\n")
     print_scores(np.array(scores), interval, config.env_id)
     if len(different) < len(scores):
-        say(f"  only {len(different)} games are different: the interval is theirs")
+        say(f"  only {len(different)} games are different: the interval is of those")
     variant = f"{config.env_id}, sticky actions {config.sticky_actions:g}, seed {config.seed}"
-    say(f"  {variant}; {'interrupted; ' * report['partial']}appended to {path}")
+    say(f"  {variant}; {'interrupted; ' if report['partial'] else ''}appended to {path}")
 
 
 BACKGROUND, PLATE, WHITE = (26, 22, 20), (48, 42, 38), (240, 240, 240)  # BGR, as in OpenCV
@@ -1156,7 +1172,7 @@ class Recorder:
                 small = cv2.resize(picture, None, fx=2 / 3, fy=2 / 3, interpolation=cv2.INTER_AREA)
                 image = Image.fromarray(cv2.cvtColor(small, cv2.COLOR_BGR2RGB))
                 self.images.append(image.quantize(128, dither=Image.Dither.NONE))
-                if len(self.images) % 300 == 0:  # a lost display would end the process
+                if len(self.images) % 300 == 0:  # the process ends if the display is lost
                     self.save_gif()
         else:
             if self.video is None:  # H.264 with 4:2:0 colour plays in every browser
@@ -1215,7 +1231,8 @@ def record(config: Config, agent: Agent) -> None:
         Image.fromarray(draw_frames(config, agent)[..., ::-1]).save(config.record)
         return say(config.record)
     scores, recorder, bar = [], Recorder(Path(config.record)), progress_bar(None, "frame")
-    seconds = config.seconds or (recorder.GIF_SECONDS if recorder.is_gif else math.inf)
+    limit = recorder.GIF_SECONDS if recorder.is_gif else math.inf
+    seconds = min(config.seconds or limit, limit)
     with contextlib.suppress(KeyboardInterrupt):  # what was recorded is kept
         for pictures in watch(agent, config, config.seed, scores):
             if recorder.count >= seconds * EMULATOR_FPS or (scores and not config.seconds):
@@ -1258,7 +1275,7 @@ class Window:
         self.speed, self.count, self.frames_left = 1.0, 0, 0  # frames to show while paused
         self.message = "move: arrows or a d, fire: space, h: more keys" if self.human else "h: keys"
         self.message_until, self.due = time.monotonic() + 4, 0.0
-        # Without Qt's toolbar. A Mac has no Qt, and keeps the picture's size only with 0.
+        # Without Qt's toolbar. Cocoa keeps the size of the picture only with 0.
         plain = 0 if sys.platform == "darwin" else cv2.WINDOW_GUI_NORMAL
         cv2.namedWindow(self.TITLE, cv2.WINDOW_AUTOSIZE | plain)
 
@@ -1370,9 +1387,8 @@ def play(config: Config, agent: Agent) -> None:
     if scores:
         say(f"{len(scores)} games, mean score {np.mean(scores):.2f}")
     if config.play:
-        others = reference_scores(config.env_id)
         mean = "unknown" if math.isnan(agent.mean_score) else f"{agent.mean_score:.2f}"
-        say(f"{agent.path.name} in training: {mean}{others}")
+        say(f"{agent.path.name} in training: {mean}{reference_scores(config.env_id)}")
 
 
 # ---- Command line --------------------------------------------------------------------------------
@@ -1391,7 +1407,7 @@ def parse_value(field: dataclasses.Field, text: str) -> Any:
     if kind is str and text:
         return os.path.expanduser(text)
     with contextlib.suppress(ValueError, OverflowError):
-        value = float(text)  # also for int: 1e6 is a million
+        value = float(text)  # for int, too: 1e6 is a million
         if kind in (int, float) and low <= value <= high and kind(value) == value < math.inf:
             return kind(value)
     wanted = {str: "a name", bool: "yes or no"}.get(kind, f"{kind.__name__} from {low} to {high}")

@@ -254,7 +254,7 @@ def test_each_game_has_an_account_of_its_own(scripted):
 @pytest.mark.parametrize("action", [-1, 4])
 def test_a_number_that_is_no_action_is_refused(scripted, action):
     games = scripted(2)
-    with pytest.raises(ValueError, match="the game has 4"):
+    with pytest.raises(ValueError, match="from 0 to 3"):
         games.step(np.array([0, action]))
     assert games.env.taken == []
 

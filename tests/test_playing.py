@@ -486,7 +486,7 @@ def test_a_recording_of_some_seconds_goes_on_into_the_next_game():
 def test_a_gif_of_a_long_game_ends_after_forty_seconds(monkeypatch, capsys):
     assert script.Recorder.GIF_SECONDS == 40
     monkeypatch.setattr(script.Recorder, "GIF_SECONDS", 1)
-    assert script.main(["--record=a.gif", RANDOM]) == 0
+    assert script.main(["--record=a.gif", "--seconds=3", RANDOM]) == 0
     assert read_pictures("a.gif")[1] == 1 and "60 frames," in capsys.readouterr().out
 
 

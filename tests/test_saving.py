@@ -76,6 +76,13 @@ def test_a_bare_state_dict_is_loaded_whatever_wrapped_the_network(here, agent, p
     assert loaded.steps == 0 and math.isnan(loaded.mean_score), "both are unknown"
 
 
+def test_a_model_trained_with_another_frame_skip_is_refused(here, monkeypatch):
+    assert script.main([*RUN]) == 0
+    monkeypatch.setattr(script, "FRAME_SKIP", 2)
+    with pytest.raises(script.UserError, match="frame skip of 4"):
+        script.load_agent(str(only(Path("models").iterdir())))
+
+
 def test_unknown_keys_are_ignored(here, agent):
     strange = {0: torch.ones(1), "x.y": torch.ones(2)}
     torch.save({"weights": agent.state_dict() | strange, "colour": "blue"}, "x.mdl")
