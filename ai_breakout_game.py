@@ -62,7 +62,7 @@ try:
     import numpy as np
     import torch
     import torch.distributed as dist
-    from PIL import Image
+    from PIL import GifImagePlugin, Image
     from tqdm import tqdm
 
     oldest = {ale_py: (0, 12), cv2: (5, 0), gym: (1, 1), np: (2, 0), torch: (2, 9)}
@@ -718,8 +718,7 @@ def find_file(name: str, paths: list[Path]) -> Path:
     UserError with similar names.
     """
     if name == "latest":
-        runs = Path("runs").glob("*/checkpoint.pt")
-        paths = sorted(runs, key=lambda path: path.stat().st_mtime, reverse=True)
+        paths = sorted(Path("runs").glob("*/checkpoint.pt"), key=os.path.getmtime, reverse=True)
     for path in paths:
         if os.path.isfile(path):  # False, not an error, for an impossible name
             return path
@@ -828,18 +827,13 @@ def say(text: str) -> None:
             sys.stdout.flush()
 
 
-def report(action: str, error: Exception) -> None:
-    """Say that `action` failed, in one line with the system's reason."""
-    say(f"cannot {action}: {getattr(error, 'strerror', None) or repr(error)}")
-
-
 @contextlib.contextmanager
 def reported(action: str) -> Iterator[None]:
-    """Report any error in `action`, and go on."""
+    """Report any error in `action` in one line, with the system's reason, and go on."""
     try:
         yield
     except Exception as error:
-        report(action, error)
+        say(f"cannot {action}: {getattr(error, 'strerror', None) or repr(error)}")
 
 
 def progress_bar(total: int | None, unit: str, initial: int = 0) -> tqdm:
@@ -863,8 +857,7 @@ class Logger:
     """Writes curves for TensorBoard and shows the progress. Its errors do not end the training."""
 
     def __init__(self, folder: Path, config: Config, state: TrainState) -> None:
-        self.folder, self.config = folder, config
-        self.writer: SummaryWriter | None = None
+        self.folder, self.config, self.writer = folder, config, None
         total = config.num_updates * config.num_envs * config.num_steps
         self.bar = progress_bar(total, "step", state.global_step)
         threading.excepthook = lambda _: None  # the writer's thread: `log` reports what ended it
@@ -885,13 +878,12 @@ class Logger:
         points += [("charts/episodic_return", game.score) for game in finished]
         points += [("charts/episodic_length", game.length) for game in finished]
         if self.writer:
-            try:
+            with reported(f"write curves to {self.folder}/"):
                 for tag, value in points:
                     self.writer.add_scalar(tag, value, state.global_step)
                 self.writer.flush()
-            except Exception as error:
-                report(f"write curves to {self.folder}/", error)
-                self.writer = None  # until the next `open`
+                return
+            self.writer = None  # after an error, until the next `open`
 
 
 def save_checkpoint(state: TrainState, config: Config, folder: Path) -> bool:
@@ -1156,42 +1148,53 @@ def watch(agent: Agent, config: Config, seed: int, scores: list, human=None) -> 
 
 
 class Recorder:
-    """Writes 60 pictures a second to an .mp4, or 15 smaller ones to a .gif. Raises OSError."""
+    """Writes 60 pictures a second to an .mp4, or 15 smaller ones to a .gif. Raises OSError. What is
+    recorded can be played even if the process dies.
+    """
 
-    GIF_SECONDS = 40  # each takes up to four megabytes of memory
+    GIF_SECONDS = 40  # a longer one is too large to share
 
     def __init__(self, path: Path) -> None:
         self.path, self.is_gif, self.count = path, path.suffix.lower() == ".gif", 0
-        self.video, self.images = None, []
+        self.video, self.last = None, None  # the MP4, or the last picture of the GIF
         open(path, "ab").close()  # an error is raised now, not at the end
 
     def add(self, picture: np.ndarray) -> None:
         """Add the picture of the next emulator frame, (height, width, 3) uint8 BGR."""
-        if self.is_gif:
-            if self.count % 4 == 0 and self.count < self.GIF_SECONDS * EMULATOR_FPS:
-                small = cv2.resize(picture, None, fx=2 / 3, fy=2 / 3, interpolation=cv2.INTER_AREA)
-                image = Image.fromarray(cv2.cvtColor(small, cv2.COLOR_BGR2RGB))
-                self.images.append(image.quantize(128, dither=Image.Dither.NONE))
-                if len(self.images) % 300 == 0:  # the process ends if the display is lost
-                    self.save_gif()
-        else:
-            if self.video is None:  # H.264 with 4:2:0 colour plays in every browser
-                # A fragmented file can be played even if the process dies.
-                options = {"movflags": "hybrid_fragmented", "flush_packets": "1"}
-                self.video = av.open(self.path, "w", options=options)
-                options = {"preset": "veryfast", "crf": "20", "g": "60"}
-                stream = self.video.add_stream("libx264", rate=EMULATOR_FPS, options=options)
-                stream.height, stream.width, stream.pix_fmt = *picture.shape[:2], "yuv420p"
-                self.video.start_encoding()  # raises on a full disk, where `encode` would crash
-            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="bgr24")
-            self.video.mux(self.video.streams.video[0].encode(frame))
+        if not self.is_gif:
+            self.add_to_video(picture)
+        elif self.count % 4 == 0 and self.count < self.GIF_SECONDS * EMULATOR_FPS:
+            self.add_to_gif(picture)
         self.count += 1
 
-    def save_gif(self) -> None:
-        """Write all pictures so far, 15 a second: milliseconds, in steps of ten."""
-        durations = [(70, 60, 70)[i % 3] for i in range(len(self.images))]
-        options = {"save_all": True, "append_images": self.images[1:], "loop": 0}
-        self.images[0].save(self.path, duration=durations, **options)
+    def add_to_video(self, picture: np.ndarray) -> None:
+        """Encode a picture. H.264 with 4:2:0 colour plays in every browser."""
+        if self.video is None:
+            options = {"movflags": "hybrid_fragmented", "flush_packets": "1"}
+            self.video = av.open(self.path, "w", options=options)
+            options = {"preset": "veryfast", "crf": "20", "g": "60"}
+            stream = self.video.add_stream("libx264", rate=EMULATOR_FPS, options=options)
+            stream.height, stream.width, stream.pix_fmt = *picture.shape[:2], "yuv420p"
+            self.video.start_encoding()  # raises on a full disk, where `encode` would crash
+        frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="bgr24")
+        self.video.mux(self.video.streams.video[0].encode(frame))
+
+    def add_to_gif(self, picture: np.ndarray) -> None:
+        """Append the rectangle that has changed since the last picture, with its own palette."""
+        small = cv2.resize(picture, None, fx=2 / 3, fy=2 / 3, interpolation=cv2.INTER_AREA)
+        first = self.last is None
+        changed = np.ones_like(small) if first else small != self.last
+        x, y, width, height = cv2.boundingRect(changed.any(-1).astype(np.uint8))
+        part = small[y : y + max(height, 1), x : x + max(width, 1), ::-1]
+        image = Image.fromarray(np.ascontiguousarray(part)).quantize(128, dither=Image.Dither.NONE)
+
+        header = GifImagePlugin.getheader(image, info={"loop": 0})[0] if first else []
+        duration = (70, 60, 70)[self.count // 4 % 3]  # milliseconds, in steps of ten
+        data = GifImagePlugin.getdata(image, (x, y), duration=duration, include_color_table=True)
+        with open(self.path, "wb" if first else "r+b") as file:
+            file.seek(0 if first else -1, os.SEEK_END)  # over the end mark
+            file.write(b"".join([*header, *data, b";"]))
+        self.last = small
 
     def close(self) -> str:
         """Finish the file. Returns a line about it."""
@@ -1199,8 +1202,6 @@ class Recorder:
             if self.count:  # flushing an empty encoder crashes
                 self.video.mux(self.video.streams.video[0].encode(None))
             self.video.close()
-        elif self.images:
-            self.save_gif()
         return f"{self.path}: {self.path.stat().st_size / 1e6:.2f} MB"
 
 
@@ -1336,14 +1337,17 @@ class Window:
                 return
         raise KeyboardInterrupt
 
+    def record(self, picture: np.ndarray) -> None:
+        """Add a picture to the recording. An error ends the recording, not the game."""
+        with reported(f"write {self.recorder.path}"):
+            self.recorder.add(picture)
+            return
+        self.recorder = None
+
     def show(self, pictures: tuple[np.ndarray, np.ndarray]) -> None:
         """Show an emulator frame for as long as it lasts, and while the game is paused."""
         if self.recorder:
-            try:
-                self.recorder.add(np.hstack(pictures[: 1 + self.panel]))
-            except Exception as error:
-                report(f"write {self.recorder.path}", error)
-                self.recorder = None
+            self.record(np.hstack(pictures[: 1 + self.panel]))
         self.count += 1
         if self.count % max(1, round(self.speed)) == 0:  # at high speed, every nth
             period = 1 / (EMULATOR_FPS * min(1, self.speed))
@@ -1520,9 +1524,8 @@ def resume_training(given: dict[str, Any]) -> None:
         state = make_state(config)
         state.load_state_dict(saved)
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        problem = f"is not a checkpoint ({error!r:.99})"
-        problem += "; use --model-filename to train a model further"
-        raise UserError(f"{path} {problem}") from None
+        hint = f"is not a checkpoint ({error!r:.99}); --model-filename trains a model further"
+        raise UserError(f"{path} {hint}") from None
     train(config, state, path.parent)
 
 

@@ -69,7 +69,7 @@ def test_a_model_file_holds_what_is_needed_to_use_the_weights(trained):
     content, mean = load(path), points(run_of(trained[0]), "charts/mean_return_100")[1][-1]
     assert len(content.pop("weights")) == 12 and path.stat().st_size < 7_000_000
     assert content.pop("mean_return") == pytest.approx(mean)
-    settings = {"sticky_actions": 0.0, "max_frames": 108_000, "patience": 250.0}
+    settings = {"sticky_actions": 0.0, "max_frames": 108_000, "patience": 250.0, "frame_skip": 4}
     assert content == {"env_id": "BreakoutNoFrameskip-v4", "steps": 3072, "seed": 1, **settings}
 
 
