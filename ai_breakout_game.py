@@ -421,9 +421,9 @@ class Agent(nn.Module):
         taken = {"actions": actions[:, 0], "log_probs": log_probs.gather(-1, actions)[:, 0]}
         return taken | {"probs": log_probs.exp(), "values": values, "temperatures": temperatures}
 
-    def predict(self, obs: np.ndarray) -> int:
-        """Sample an action for one observation, (4, 84, 84) uint8."""
-        return self.act(torch.from_numpy(obs)[None], np.zeros(1))["actions"].item()
+    def predict(self, obs: np.ndarray, idle: int = 0) -> int:
+        """Sample an action for one observation, (4, 84, 84) uint8, `idle` steps after a point."""
+        return self.act(torch.from_numpy(obs)[None], np.array([idle]))["actions"].item()
 
 
 # ---- Processes: torchrun starts several, which train one agent. Skip this section at first. ------
@@ -1231,10 +1231,11 @@ def record(config: Config, agent: Agent) -> None:
     if Path(config.record).suffix.lower() == ".png":
         Image.fromarray(draw_frames(config, agent)[..., ::-1]).save(config.record)
         return say(config.record)
-    scores, recorder, bar = [], Recorder(Path(config.record)), progress_bar(None, "frame")
+    scores, recorder = [], Recorder(Path(config.record))
     limit = recorder.GIF_SECONDS if recorder.is_gif else math.inf
     seconds = min(config.seconds or limit, limit)
-    with contextlib.suppress(KeyboardInterrupt):  # what was recorded is kept
+    # What was recorded before Ctrl-C is kept.
+    with progress_bar(None, "frame") as bar, contextlib.suppress(KeyboardInterrupt):
         for pictures in watch(agent, config, config.seed, scores):
             if recorder.count >= seconds * EMULATOR_FPS or (scores and not config.seconds):
                 break
