@@ -1059,7 +1059,7 @@ def evaluate(config: Config, agent: Agent) -> None:
     scores = [game.score for game in finished]
     # Without randomness, the same start gives the same game: it must not count twice.
     different = {(game.score, game.length): game.score for game in finished}
-    different = list(different.values()) if config.greedy else scores
+    different = list(different.values()) if config.greedy and not config.sticky_actions else scores
     interval = confidence_interval(different)
     report = {name: getattr(config, name) for name in (*MODEL_SETTINGS, "seed", "greedy")}
     report |= {
