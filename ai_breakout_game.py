@@ -915,9 +915,8 @@ def finish(state: TrainState, config: Config, folder: Path, bar: tqdm) -> bool:
     elapsed = timedelta(seconds=round(bar.format_dict["elapsed"]))
     say(f"{'Trained' if trained else 'Stopped after'} {state.global_step:,} steps in {elapsed}")
     if state.scores:
-        games = f"{len(state.scores)} of {state.num_games:,} games"
-        others = reference_scores(config.env_id)
-        say(f"mean score of the last {games}: {state.mean_score:.2f}{others}")
+        mean = f"{state.mean_score:.2f}{reference_scores(config.env_id)}"
+        say(f"mean score of the last {len(state.scores)} of {state.num_games:,} games: {mean}")
     activated = sys.prefix == sys.base_prefix or "VIRTUAL_ENV" in os.environ
     script = shlex.join(["python3" if activated else sys.executable, os.path.relpath(__file__)])
     more = f" --total-timesteps={2 * state.global_step}" if trained else ""
@@ -1021,7 +1020,7 @@ def play_games(agent: Agent, config: Config) -> list[FinishedGame]:
     slots, finished = min(config.evaluate, 32), []
     shares = np.bincount(np.arange(config.evaluate) % slots)  # games to play in each slot
     bar = progress_bar(None, "step")
-    with contextlib.suppress(KeyboardInterrupt), output():
+    with contextlib.suppress(KeyboardInterrupt):
         for _, _, result in play_steps(agent, Games(config, slots), config, config.seed):
             counted = [game for game in result.finished if shares[game.slot]]
             shares[[game.slot for game in counted]] -= 1
@@ -1029,6 +1028,7 @@ def play_games(agent: Agent, config: Config) -> list[FinishedGame]:
             advance(bar, slots, f"{len(finished)} of {config.evaluate} games")
             if not shares.any():
                 break
+    with output():
         bar.close()
     return finished
 
