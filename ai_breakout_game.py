@@ -1516,7 +1516,7 @@ def resume_training(given: dict[str, Any]) -> None:
     path = find_file(name, [Path(name), *(folder / "checkpoint.pt" for folder in folders)])
     saved = read_file(path)
     try:
-        settings = saved["config"]
+        settings = dataclasses.asdict(Config()) | saved["config"]  # older runs have fewer
         for name, value in given.items():
             larger = name == "total_timesteps" and value > settings[name]
             if value != settings[name] and not larger and name != "device":

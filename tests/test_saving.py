@@ -360,6 +360,14 @@ def test_games_after_a_resume_are_not_those_of_the_start(here, monkeypatch):
     assert len(frames) == 2 and not torch.equal(*frames)
 
 
+def test_a_run_from_before_a_flag_existed_has_its_default(run, capsys):
+    content = load(run / "checkpoint.pt")
+    del content["config"]["ent_coef"]
+    script.save_file(content, run / "checkpoint.pt")
+    assert "a resumed run has ent_coef=0.003" in mistake(capsys, "--resume=latest", "--ent-coef=1")
+    assert script.main(["--resume=latest"]) == 0
+
+
 def test_a_resume_with_nothing_left_saves_the_weights_again(run, capsys):
     before = load("models/ai_skiing_game24.mdl")
     shutil.rmtree("models")
