@@ -43,7 +43,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 # Waiting OpenMP threads must sleep: the emulator needs the same cores. torch reads the variable.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -57,7 +57,7 @@ if sys.version_info < (3, 11):  # noqa: UP036
 try:
     import ale_py  # noqa: I001
     import cv2
-    import av  # after cv2: the other way round, cv2 opens no window
+    import av  # after cv2: if it comes first, cv2 cannot open a window
     import gymnasium as gym
     import numpy as np
     import torch
@@ -103,16 +103,12 @@ class Config:
     evaluate: int = flag(0, "mode", "play this many whole games and report the scores", 1, 10**6)
     record: str = flag("", "mode", "record a game to a .gif or .mp4, or a moment to a .png")
     resume: str = flag("", "mode", "continue a training run: runs/<name>, or latest")
-    model_filename: str = flag("", "mode", "weights to play or train further; or latest, or random")
+    model_filename: str = flag("", "mode", "model to play or train further; or latest, or random")
 
     env_id: str = flag("BreakoutNoFrameskip-v4", "game", "any ALE game that Gymnasium registers")
-    sticky_actions: float = flag(
-        0.0, "game", "chance to repeat the last action (default: by --env-id)", high=1
-    )
+    sticky_actions: float = flag(0.0, "game", "repeat probability (default: by --env-id)", high=1)
     max_frames: int = flag(108_000, "game", "emulator frames until a game is truncated", 4, 10**9)
-    patience: float = flag(
-        250.0, "game", "steps without a point until actions become more random; 0: off"
-    )
+    patience: float = flag(250.0, "game", "steps without a point until play is more random; 0: off")
     multithreading: bool = flag(True, "game", "step the games in C++ instead of Python")
     seed: int = flag(1, "game", "random seed", high=2**30)
     device: str = flag("auto", "game", "auto, cpu, cuda or mps")
@@ -122,7 +118,7 @@ class Config:
 
     total_timesteps: int = flag(5_000_000, "training", "steps to train, all games together", 1)
     num_envs: int = flag(8, "training", "games played at once", 1, 4096)
-    precision: str = flag("auto", "training", "of the large layers: auto, float32 or bfloat16")
+    precision: str = flag("auto", "training", "auto, float32 or bfloat16, for large layers")
 
     learning_rate: float = flag(1e-3, "PPO", "initial learning rate of Adam", high=1)
     anneal_lr: bool = flag(True, "PPO", "decrease the learning rate linearly to zero")
@@ -131,9 +127,7 @@ class Config:
     gae_lambda: float = flag(0.95, "PPO", "lambda of generalized advantage estimation", high=1)
     num_minibatches: int = flag(4, "PPO", "minibatches per epoch", 1)
     update_epochs: int = flag(2, "PPO", "epochs per rollout", 1, 1000)
-    learn_fraction: float = flag(
-        1.0, "PPO", "share of the steps to learn from, by importance sampling", 0.01, 1
-    )
+    learn_fraction: float = flag(1.0, "PPO", "share of the steps, sampled by importance", 0.01, 1)
     life_cost: float = flag(1.0, "PPO", "penalty for the end of a life or game", high=1000)
     clip_coef: float = flag(0.1, "PPO", "clipping range of the probability ratio")
     ent_coef: float = flag(0.003, "PPO", "weight of the entropy bonus")
@@ -169,7 +163,7 @@ def game_settings(env_id: str) -> dict[str, Any]:
 
 @functools.cache
 def action_names(env_id: str) -> list[str]:
-    """The actions of a game, A of them, in the order of their numbers."""
+    """The names of the A actions of a game. An action is an index of this list."""
     return AtariEnv(**game_settings(env_id)).get_action_meanings()
 
 
@@ -185,7 +179,9 @@ class FireResetEnv(gym.Wrapper):
 
 
 class NoopResetEnv(gym.Wrapper):
-    """Starts a game with a random number of no-ops, so that games differ."""
+    """Starts a game with a random number of no-ops, so that games differ. They come after FIRE, as
+    in the native environment.
+    """
 
     def reset(self, **kwargs: Any) -> tuple[np.ndarray, dict]:
         obs, info = self.env.reset(**kwargs)
@@ -279,7 +275,7 @@ class StepResult(NamedTuple):
 
 
 class Games:
-    """N games and their present state: frames (N, 4, 84, 84) uint8, lives, scores, and so on."""
+    """N games and their current state: frames (N, 4, 84, 84) uint8, lives, scores, and so on."""
 
     def __init__(self, config: Config, num_envs: int, keep_rgb: bool = False) -> None:
         self.env, self.num_envs = make_vector_env(config, num_envs, keep_rgb), num_envs
@@ -288,7 +284,8 @@ class Games:
 
     def reset(self, *stream: int) -> None:
         """Start new games, with seeds that SeedSequence derives from the numbers of `stream`."""
-        seeds = (np.random.SeedSequence(stream).generate_state(self.num_envs) >> 1).astype(int)
+        seeds = np.random.SeedSequence(stream).generate_state(self.num_envs).astype(int)
+        seeds >>= 1  # the emulator takes 31 bits
         native = isinstance(self.env, AtariVectorEnv)
         self.frames, info = self.env.reset(seed=seeds if native else seeds.tolist())
         self.lives = info["lives"]
@@ -306,7 +303,9 @@ class Games:
         self.frames, rewards, over, truncated, info = self.env.step(actions)
 
         life_lost = ~restarted & (info["lives"] > 0) & (info["lives"] < self.lives)
-        terminated, self.game_over, self.lives = over | life_lost, over | truncated, info["lives"]
+        terminated = over | life_lost
+        self.lives = info["lives"]
+        self.game_over = over | truncated
         self.serve = life_lost & ~self.game_over & (self.fire is not None)
 
         self.scores = np.where(restarted, 0, self.scores) + rewards
@@ -322,6 +321,7 @@ class Games:
 # ---- Network -------------------------------------------------------------------------------------
 
 Batch = dict[str, Tensor]  # tensors by name, for N games, (T, N) steps, or M steps in any order
+HIDDEN_SIZE = 512  # features that the actor and the critic share
 
 
 def init_layer(layer: nn.Module, gain: float = math.sqrt(2)) -> nn.Module:
@@ -337,7 +337,7 @@ class FrameConv(nn.Conv2d):
     """
 
     def forward(self, frames: Tensor) -> Tensor:
-        # Like pixel_unshuffle(frames, 4), but four neighbouring pixels are copied as one int32: ten
+        # Like pixel_unshuffle(frames, 4), but four adjacent pixels are copied as one int32: ten
         # times as fast.
         m, side = len(frames), FRAME_SIZE // 4
         rows = frames.contiguous().view(torch.int32).view(m, FRAME_STACK, side, 4, side)
@@ -363,10 +363,11 @@ class Dense(nn.Linear):
 class Agent(nn.Module):
     """The network of Mnih et al. (2015), with a policy (actor) and a value (critic) on top."""
 
-    precision = torch.float32  # of the large layers; weights, actor and critic are float32
+    precision = torch.float32  # dtype of the large layers; weights, actor and critic are float32
     patience = Config.patience
-    path = Path("new agent")  # of the file that it was loaded from, as what follows
-    settings: dict[str, Any]  # that it was trained with: MODEL_SETTINGS
+    # Known of an agent that was loaded from a file:
+    path = Path("new agent")
+    settings: dict[str, Any]  # the MODEL_SETTINGS that it was trained with
     steps, mean_score = 0, math.nan  # at the end of its training
 
     def __init__(self, num_actions: int) -> None:
@@ -381,11 +382,11 @@ class Agent(nn.Module):
             nn.Flatten(),  # (M, 3136)
         )
         frames = torch.zeros(1, FRAME_STACK, FRAME_SIZE, FRAME_SIZE, dtype=torch.uint8)
-        hidden = init_layer(Dense(convolutions(frames).shape[1], 512))
+        hidden = init_layer(Dense(convolutions(frames).shape[1], HIDDEN_SIZE))
         self.network = nn.Sequential(*convolutions, hidden, nn.ReLU(inplace=True))
         # A small gain makes the first policy nearly uniform (Andrychowicz et al. 2021).
-        self.actor = init_layer(nn.Linear(512, num_actions), gain=0.01)
-        self.critic = init_layer(nn.Linear(512, 1), gain=1.0)
+        self.actor = init_layer(nn.Linear(HIDDEN_SIZE, num_actions), gain=0.01)
+        self.critic = init_layer(nn.Linear(HIDDEN_SIZE, 1), gain=1.0)
         self.to(memory_format=torch.channels_last)  # 1.7 times the speed on a CPU
 
     @property
@@ -412,8 +413,8 @@ class Agent(nn.Module):
         divided by idle / patience. More random actions break loops in which no brick is hit.
         Returns probs (N, A), and actions, their log_probs, values and temperatures, each (N,).
         """
-        temperatures = torch.from_numpy(idle / (self.patience or math.inf)).float().clamp_(min=1)
-        temperatures = temperatures.to(self.device)
+        patience = self.patience or math.inf  # 0: off
+        temperatures = torch.from_numpy(idle / patience).float().clamp(min=1).to(self.device)
         logits, values = self(frames.to(self.device))
         log_probs = (logits / temperatures[:, None]).log_softmax(-1)
         sampled = torch.multinomial(log_probs.exp(), 1, generator=generator)
@@ -426,9 +427,10 @@ class Agent(nn.Module):
         return self.act(torch.from_numpy(obs)[None], np.array([idle]))["actions"].item()
 
 
-# ---- Processes: torchrun starts several, which train one agent. Skip this section at first. ------
-# Each process (rank) plays its share of the games. Gradients are summed over all ranks, so all have
-# the same weights. Rank 0 logs and saves. Without torchrun, there is only rank 0.
+# ---- Processes and devices. Skip this section at first. ------------------------------------------
+# torchrun starts several processes (ranks), which train one agent. Each plays its share of the
+# games. Gradients are summed over all ranks, so all have the same weights. Rank 0 logs and saves.
+# Without torchrun, there is only rank 0.
 
 
 def rank() -> int:
@@ -472,6 +474,29 @@ def process_group() -> Iterator[None]:
         dist.destroy_process_group()
 
 
+def pick_device(name: str) -> torch.device:
+    """The device `name`. Raises UserError if it is not available."""
+    mps = torch.backends.mps.is_available() and world_size() == 1  # gloo does not support it
+    available = {"cuda": torch.cuda.is_available(), "mps": mps, "cpu": True}
+    names = [name for name, is_available in available.items() if is_available]
+    if name not in ("auto", *names):
+        raise UserError(f"--device={name} is not available; this machine has {' and '.join(names)}")
+    return torch.device(names[0] if name == "auto" else name)
+
+
+def pick_precision(name: str, device: torch.device) -> torch.dtype:
+    """The dtype `name`, or for auto bfloat16 where the device multiplies it fast."""
+    if name not in ("auto", "float32", "bfloat16"):
+        raise UserError(f"--precision={name} is neither auto, float32 nor bfloat16")
+    if device.type == "cuda":
+        fast = torch.cuda.get_device_capability(device) >= (8, 0)
+    else:  # Intel processors without AMX train slower in bfloat16 than in float32
+        has = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+        fast = has.get("amx_bf16") or (has.get("avx512_bf16") and "Intel" not in str(has))
+    automatic = "bfloat16" if fast else "float32"
+    return getattr(torch, automatic if name == "auto" else name)
+
+
 # ---- PPO: Schulman et al., "Proximal Policy Optimization Algorithms", 2017, arXiv:1707.06347 -----
 # Play T steps with the current policy. Where an action led to more reward than the value predicted
 # (its advantage is positive), increase its probability. Once the probability has changed by a
@@ -480,7 +505,9 @@ def process_group() -> Iterator[None]:
 
 @dataclasses.dataclass
 class TrainState:
-    """Everything that training changes, except the games."""
+    """Everything that training changes, except the games: what a checkpoint must hold. A second
+    network would be a field here, in `state_dict`, `load_state_dict` and `make_state`.
+    """
 
     agent: Agent
     optimizer: torch.optim.Optimizer
@@ -491,7 +518,7 @@ class TrainState:
     best_mean: float = -math.inf  # highest mean score at a checkpoint
     scores: deque[float] = dataclasses.field(default_factory=lambda: deque(maxlen=100))
 
-    COUNTERS: ClassVar = ("update", "global_step", "num_games", "best_mean")
+    COUNTERS = ("update", "global_step", "num_games", "best_mean")
 
     @property
     def mean_score(self) -> float:
@@ -510,13 +537,25 @@ class TrainState:
         self.scores.extend(saved["scores"])
         self.agent.load_state_dict(saved["agent"])
         self.optimizer.load_state_dict(saved["optimizer"])
+        # The checkpoint has the generator of rank 0. A CPU cannot use that of a GPU.
         self.generator.manual_seed(self.global_step + rank() * 2**32)
         if rank() == 0 and saved["generator"].shape == self.generator.get_state().shape:
-            self.generator.set_state(saved["generator"])  # of the same kind of device
+            self.generator.set_state(saved["generator"])
+
+
+def make_state(config: Config, agent: Agent | None = None) -> TrainState:
+    """The state at the start of a run, with the weights of `agent` or new ones."""
+    torch.manual_seed(config.seed)
+    device = pick_device(config.device)
+    agent = (agent or Agent(len(action_names(config.env_id)))).to(device)
+    agent.precision, agent.patience = pick_precision(config.precision, device), config.patience
+    optimizer = torch.optim.Adam(agent.parameters(), eps=1e-5, fused=device.type != "mps")
+    generator = torch.Generator(device).manual_seed(config.seed + rank() * 2**32)
+    return TrainState(agent, optimizer, generator)
 
 
 def make_rollout(num_steps: int, num_envs: int, device: torch.device) -> Batch:
-    """Storage for T steps of N games, 28 kB each. It is overwritten by each rollout."""
+    """Storage for T steps of N games, 28 kB per step. Each rollout overwrites it."""
     size, frame = (num_steps, num_envs), (FRAME_STACK, FRAME_SIZE, FRAME_SIZE)
     zeros = functools.partial(torch.zeros, device=device)
     rollout = {
@@ -529,9 +568,10 @@ def make_rollout(num_steps: int, num_envs: int, device: torch.device) -> Batch:
 
 
 def anneal(config: Config, update: int) -> Config:
-    """The settings for one update: the learning rate decreases linearly to zero."""
-    remaining = 1 - update / config.num_updates if config.anneal_lr else 1.0
-    return dataclasses.replace(config, learning_rate=config.learning_rate * remaining)
+    """The settings for one update. With --anneal-lr, the learning rate falls linearly to zero."""
+    remaining = 1 - update / config.num_updates
+    rate = config.learning_rate * (remaining if config.anneal_lr else 1)
+    return dataclasses.replace(config, learning_rate=rate)
 
 
 @torch.no_grad()
@@ -618,7 +658,7 @@ def masked_moments(x: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def ppo_loss(logits: Tensor, values: Tensor, batch: Batch, config: Config) -> dict[str, Tensor]:
     """The "loss" of a minibatch and its parts: means weighted by batch["sample_weights"], which
-    add up to 1. logits (M, A) and values (M,) are the network's present output.
+    add up to 1. logits (M, A) and values (M,) are the network's current output.
     """
     log_probs, advantages = logits.log_softmax(-1), batch["advantages"]
     log_ratio = log_probs.gather(-1, batch["actions"][:, None])[:, 0] - batch["log_probs"]
@@ -707,7 +747,7 @@ def read_file(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, ValueError) as error:
         problem = getattr(error, "strerror", None) or error
-    except Exception:  # of a dozen types of exception
+    except Exception:  # a damaged file raises one of many types
         with open(path, "rb") as file:
             problem = "a text file" if file.read(512).isascii() else "a pickled object, or damaged"
     raise UserError(f"cannot load {path}: {problem}")
@@ -719,9 +759,8 @@ def find_file(name: str, paths: list[Path]) -> Path:
     """
     if name == "latest":
         paths = sorted(Path("runs").glob("*/checkpoint.pt"), key=os.path.getmtime, reverse=True)
-    for path in paths:
-        if os.path.isfile(path):  # False, not an error, for an impossible name
-            return path
+    if files := [path for path in paths if os.path.isfile(path)]:
+        return files[0]
     there = [x.name for x in (*Path("models").glob("*.mdl"), *Path("runs").glob("*__*"))]
     near = difflib.get_close_matches(name, there, cutoff=0.5)
     name = "run" if name == "latest" else name
@@ -754,12 +793,12 @@ def load_agent(name: str) -> Agent:
             raise ValueError("a weight is not finite")
         if content.get("frame_skip", FRAME_SKIP) != FRAME_SKIP:
             raise ValueError(f"it was trained with a frame skip of {content['frame_skip']}")
+        defaults = {name: getattr(Config, name) for name in MODEL_SETTINGS if name in content}
+        agent.settings = {name: type(x)(content[name]) for name, x in defaults.items()}
         agent.steps = int(content.get("steps", 0))
         agent.mean_score = float(content.get("mean_return", math.nan))
-    except Exception as error:  # of a dozen types of exception
+    except Exception as error:  # a foreign file raises one of many types
         raise UserError(f"{path} is not a model: {type(error).__name__}: {error}") from None
-    kinds = {name: type(getattr(Config, name)) for name in MODEL_SETTINGS}
-    agent.settings = {k: content[k] for k, x in kinds.items() if isinstance(content.get(k), x)}
     agent.patience = agent.settings.setdefault("patience", 0.0)
     agent.path = path
     return agent
@@ -770,43 +809,10 @@ def load_agent(name: str) -> Agent:
 CHECKPOINT_SECONDS = 300
 
 
-def pick_device(name: str) -> torch.device:
-    """The device `name`. Raises UserError if it is not available."""
-    mps = torch.backends.mps.is_available() and world_size() == 1  # gloo does not support it
-    names = ["cuda"] * torch.cuda.is_available() + ["mps"] * mps + ["cpu"]
-    if name not in ("auto", *names):
-        raise UserError(f"--device={name} is not available; this machine has {' and '.join(names)}")
-    return torch.device(names[0] if name == "auto" else name)
-
-
-def pick_precision(name: str, device: torch.device) -> torch.dtype:
-    """The dtype `name`, or for auto bfloat16 where the device multiplies it fast."""
-    if name not in ("auto", "float32", "bfloat16"):
-        raise UserError(f"--precision={name} is neither auto, float32 nor bfloat16")
-    if device.type == "cuda":
-        fast = torch.cuda.get_device_capability(device) >= (8, 0)
-    else:  # Intel processors without AMX train slower in bfloat16 than in float32
-        has = torch.cpu.get_capabilities() if device.type == "cpu" else {}
-        fast = has.get("amx_bf16") or (has.get("avx512_bf16") and "Intel" not in str(has))
-    automatic = "bfloat16" if fast else "float32"
-    return getattr(torch, automatic if name == "auto" else name)
-
-
 def reference_scores(env_id: str) -> str:
     """What others score in Breakout, by Mnih et al. 2015, extended data table 2."""
     breakout = game_settings(env_id)["game"] == "breakout"
     return " (random play 1.7, a human 31.8)" if breakout else ""
-
-
-def make_state(config: Config, agent: Agent | None = None) -> TrainState:
-    """The state at the start of a run, with the weights of `agent` or new ones."""
-    torch.manual_seed(config.seed)
-    device = pick_device(config.device)
-    agent = (agent or Agent(len(action_names(config.env_id)))).to(device)
-    agent.precision, agent.patience = pick_precision(config.precision, device), config.patience
-    optimizer = torch.optim.Adam(agent.parameters(), eps=1e-5, fused=device.type != "mps")
-    generator = torch.Generator(device).manual_seed(config.seed + rank() * 2**32)
-    return TrainState(agent, optimizer, generator)
 
 
 @contextlib.contextmanager
@@ -828,11 +834,15 @@ def say(text: str) -> None:
 
 
 @contextlib.contextmanager
-def reported(action: str) -> Iterator[None]:
-    """Report any error in `action` in one line, with the system's reason, and go on."""
+def reported(action: str) -> Iterator[list[Exception]]:
+    """Report any error in `action` in one line, with the system's reason, and go on. The list that
+    it yields holds the error, if there was one.
+    """
+    errors: list[Exception] = []
     try:
-        yield
+        yield errors
     except Exception as error:
+        errors.append(error)
         say(f"cannot {action}: {getattr(error, 'strerror', None) or repr(error)}")
 
 
@@ -854,65 +864,73 @@ def advance(bar: tqdm, units: int, text: str) -> float:
 
 
 class Logger:
-    """Writes curves for TensorBoard and shows the progress. Its errors do not end the training."""
+    """Shows the progress and writes curves. Its errors do not end the training. SummaryWriter is
+    used only here: another tracker replaces it in `open`, `log` and `close`.
+    """
 
     def __init__(self, folder: Path, config: Config, state: TrainState) -> None:
         self.folder, self.config, self.writer = folder, config, None
         total = config.num_updates * config.num_envs * config.num_steps
         self.bar = progress_bar(total, "step", state.global_step)
-        threading.excepthook = lambda _: None  # the writer's thread: `log` reports what ended it
+        threading.excepthook = lambda _: None  # of SummaryWriter's thread: `log` reports the error
 
     def open(self, step: int) -> None:
-        """Start a file of curves, unless there is one. TensorBoard drops what followed `step`."""
+        """Start a file of curves, at the start, and after an error or when it was deleted."""
         if not self.writer or not any(self.folder.glob("events.*")):
             with reported(f"write curves to {self.folder}/"):
+                # TensorBoard ignores what an earlier file has after `step`.
                 self.writer = SummaryWriter(str(self.folder), purge_step=step + 1)
                 self.writer.add_text("config", repr(self.config), step)
 
-    def log(self, state: TrainState, finished: list, numbers: dict[str, float]) -> None:
-        """Log the `numbers` of an update, by tag, and the games that finished in it."""
+    def log(self, state: TrainState, finished: list, losses: dict[str, float]) -> None:
+        """Log the numbers of an update, and the games that finished in it."""
         text = f"mean score {state.mean_score:.2f}" if state.scores else "no game is over yet"
         speed = advance(self.bar, state.global_step - self.bar.n, text)
-        points = [*numbers.items(), ("charts/SPS", speed)]
-        points += [("charts/mean_return_100", state.mean_score)] * bool(state.scores)
-        points += [("charts/episodic_return", game.score) for game in finished]
-        points += [("charts/episodic_length", game.length) for game in finished]
+        scalars = [*losses.items(), ("charts/SPS", speed)]  # steps per second
+        if state.scores:
+            scalars += [("charts/mean_return_100", state.mean_score)]
+        for _, score, length in finished:
+            scalars += [("charts/episodic_return", score), ("charts/episodic_length", length)]
         if self.writer:
-            with reported(f"write curves to {self.folder}/"):
-                for tag, value in points:
+            with reported(f"write curves to {self.folder}/") as errors:
+                for tag, value in scalars:
                     self.writer.add_scalar(tag, value, state.global_step)
                 self.writer.flush()
-                return
-            self.writer = None  # after an error, until the next `open`
+            if errors:
+                self.writer = None  # until the next `open`
+
+    def close(self) -> float:
+        """End the progress bar and the curves. Returns the seconds that training took."""
+        with output():
+            self.bar.close()
+        if self.writer:
+            with reported(f"write curves to {self.folder}/"):
+                self.writer.close()
+        return self.bar.format_dict["elapsed"]
 
 
 def save_checkpoint(state: TrainState, config: Config, folder: Path) -> bool:
     """Save the state of a run, and best.mdl if the mean score has risen. Returns success."""
-    with reported(f"save {folder}/checkpoint.pt"):
+    with reported(f"save {folder}/checkpoint.pt") as errors:
         model = model_content(state, config)
         if state.num_games >= 100 and state.mean_score > state.best_mean:
             save_file(model, folder / "best.mdl")
             state.best_mean = state.mean_score
         settings = {"config": dataclasses.asdict(config)}
         save_file(model | state.state_dict() | settings, folder / "checkpoint.pt")
-        return True
-    return False
+    return not errors
 
 
-def finish(state: TrainState, config: Config, folder: Path, bar: tqdm) -> bool:
+def finish(state: TrainState, config: Config, folder: Path, seconds: float) -> bool:
     """Save the final weights, and say how to watch them and to continue. Returns success."""
     trained = state.update == config.num_updates
     steps = config.total_timesteps if trained else state.global_step
     path = Path("models") / f"ai_{game_settings(config.env_id)['game']}_game{steps}.mdl"
-    saved = False
-    with reported(f"save {path}"):
+    with reported(f"save {path}") as errors:
         for target in (folder / "last.mdl", path):
             save_file(model_content(state, config), target)
-        saved = True
 
-    with output():
-        bar.close()
-    elapsed = timedelta(seconds=round(bar.format_dict["elapsed"]))
+    elapsed = timedelta(seconds=round(seconds))
     say(f"{'Trained' if trained else 'Stopped after'} {state.global_step:,} steps in {elapsed}")
     if state.scores:
         mean = f"{state.mean_score:.2f}{reference_scores(config.env_id)}"
@@ -922,9 +940,9 @@ def finish(state: TrainState, config: Config, folder: Path, bar: tqdm) -> bool:
     more = f" --total-timesteps={2 * state.global_step}" if trained else ""
     say(f"  curves   tensorboard --logdir {shlex.quote(str(folder.parent))}")
     say(f"  resume   {script} --resume={shlex.quote(str(folder))}{more}")
-    if saved:
+    if not errors:
         say(f'  watch    {script} --run=1 --model-filename="{path.name}"')
-    return saved
+    return not errors
 
 
 @contextlib.contextmanager
@@ -979,7 +997,7 @@ def train(config: Config, state: TrainState, folder: Path) -> None:
 
         if logger:
             saved = save_checkpoint(state, config, folder)
-            if not (finish(state, config, folder, logger.bar) and saved):
+            if not (finish(state, config, folder, logger.close()) and saved):
                 raise OSError("not everything was saved")
 
 
@@ -1006,11 +1024,9 @@ def confidence_interval(scores: list[float]) -> float | None:
     n = len(scores) - 1
     if n < 1:
         return None
-    # With t = sqrt(n) tan(a), the density of t becomes cos(a)^(n - 1).
-    angles = np.linspace(0, np.pi / 2, 100_001)[:-1]
-    cumulative = np.cumsum(np.cos(angles) ** (n - 1))
-    quantile = np.sqrt(n) * np.tan(angles[np.searchsorted(cumulative, 0.95 * cumulative[-1])])
-    return float(quantile * np.std(scores, ddof=1) / np.sqrt(n + 1))
+    samples = np.random.default_rng(0).standard_t(n, 2_000_000)  # the quantile is good to 0.5 %
+    quantile = np.quantile(np.abs(samples), 0.95)
+    return float(quantile * np.std(scores, ddof=1) / math.sqrt(n + 1))
 
 
 def play_games(agent: Agent, config: Config) -> list[FinishedGame]:
@@ -1025,7 +1041,7 @@ def play_games(agent: Agent, config: Config) -> list[FinishedGame]:
             counted = [game for game in result.finished if shares[game.slot]]
             shares[[game.slot for game in counted]] -= 1
             finished += counted
-            advance(bar, slots, f"{len(finished)} of {config.evaluate} games")
+            advance(bar, slots, f"games finished: {len(finished)} of {config.evaluate}")
             if not shares.any():
                 break
     with output():
@@ -1060,13 +1076,9 @@ def evaluate(config: Config, agent: Agent) -> None:
     # Without randomness, the same start gives the same game: it must not count twice.
     different = {(game.score, game.length): game.score for game in finished}
     different = list(different.values()) if config.greedy and not config.sticky_actions else scores
-    interval = confidence_interval(different)
+    interval, partial = confidence_interval(different), len(scores) < config.evaluate
     report = {name: getattr(config, name) for name in (*MODEL_SETTINGS, "seed", "greedy")}
-    report |= {
-        "model": agent.path.name,
-        "games": len(scores),
-        "partial": len(scores) < config.evaluate,
-    }
+    report |= {"model": agent.path.name, "games": len(scores), "partial": partial}
     report |= {"mean": np.mean(scores), "interval_95": interval, "different_games": len(different)}
     report |= {"scores": scores, "lengths": [game.length for game in finished]}
 
@@ -1078,7 +1090,7 @@ def evaluate(config: Config, agent: Agent) -> None:
     if len(different) < len(scores):
         say(f"  only {len(different)} games are different: the interval is of those")
     variant = f"{config.env_id}, sticky actions {config.sticky_actions:g}, seed {config.seed}"
-    say(f"  {variant}; {'interrupted; ' if report['partial'] else ''}appended to {path}")
+    say(f"  {variant}; {'interrupted; ' if partial else ''}appended to {path}")
 
 
 BACKGROUND, PLATE, WHITE = (26, 22, 20), (48, 42, 38), (240, 240, 240)  # BGR, as in OpenCV
@@ -1095,7 +1107,7 @@ def draw_policy(panel: np.ndarray, names: list[str], probs: list[float], action:
     """A bar for the probability of each action, in two columns if there are many; the agent's
     choice is orange.
     """
-    draw_text(panel, "policy: probability of each action", 24, 258)
+    draw_text(panel, "policy: the agent's probability of each action", 24, 258)
     # Columns, height of a row, left end of the bar, its length, left end of the percentage.
     wide, narrow = (1, 27, 138, 174, 328), (2, 18, 106, 40, 153)
     columns, row, left, bar, right = wide if len(names) <= 6 else narrow
@@ -1119,6 +1131,15 @@ def draw_values(panel: np.ndarray, values: deque[float]) -> None:
     cv2.polylines(panel, [np.stack([x, y], -1).astype(np.int32)], False, ORANGE, 2, cv2.LINE_AA)
 
 
+def take_newer_weights(agent: Agent) -> None:
+    """Read the agent's file again: a run that trains it may have saved newer weights."""
+    if agent.path.is_file():
+        with reported(f"load {agent.path}"):
+            newer = load_agent(str(agent.path))
+            agent.load_state_dict(newer.state_dict())
+            agent.steps, agent.mean_score = newer.steps, newer.mean_score
+
+
 def watch(agent: Agent, config: Config, seed: int, scores: list, human=None) -> Iterator[tuple]:
     """Play without end, and append the true score of each game to `scores`.
 
@@ -1126,7 +1147,7 @@ def watch(agent: Agent, config: Config, seed: int, scores: list, human=None) -> 
     what the agent saw and decided, (630, 420, 3).
     """
     games = Games(config, 1, keep_rgb=True)
-    values: deque[float] = deque(maxlen=150)  # ten seconds
+    values: deque[float] = deque(maxlen=10 * EMULATOR_FPS // FRAME_SKIP)
     for frames, decision, result in play_steps(agent, games, config, seed, human):
         shown = [rgb[..., ::-1].repeat(3, 0).repeat(3, 1) for rgb in games.env.render()[0]]
         panel = np.full((len(shown[0]), 420, 3), BACKGROUND, np.uint8)
@@ -1144,7 +1165,9 @@ def watch(agent: Agent, config: Config, seed: int, scores: list, human=None) -> 
         draw_values(panel, values)
         draw_text(panel, f"{agent.path.name}: run of {agent.steps:,} steps", 24, len(panel) - 8, 12)
         yield from ((game, panel) for game in shown)
-        scores.extend(game.score for game in result.finished)
+        if result.finished:
+            scores.append(result.finished[0].score)
+            take_newer_weights(agent)
 
 
 class Recorder:
@@ -1168,7 +1191,7 @@ class Recorder:
         self.count += 1
 
     def add_to_video(self, picture: np.ndarray) -> None:
-        """Encode a picture. H.264 with 4:2:0 colour plays in every browser."""
+        """Encode a picture. H.264 with 4:2:0 color plays in every browser."""
         if self.video is None:
             options = {"movflags": "hybrid_fragmented", "flush_packets": "1"}
             self.video = av.open(self.path, "w", options=options)
@@ -1180,20 +1203,24 @@ class Recorder:
         self.video.mux(self.video.streams.video[0].encode(frame))
 
     def add_to_gif(self, picture: np.ndarray) -> None:
-        """Append the rectangle that has changed since the last picture, with its own palette."""
+        """Append a picture with its own palette; the pixels that have not changed are transparent,
+        since these compress well.
+        """
         small = cv2.resize(picture, None, fx=2 / 3, fy=2 / 3, interpolation=cv2.INTER_AREA)
         first = self.last is None
-        changed = np.ones_like(small) if first else small != self.last
-        x, y, width, height = cv2.boundingRect(changed.any(-1).astype(np.uint8))
-        part = small[y : y + max(height, 1), x : x + max(width, 1), ::-1]
-        image = Image.fromarray(np.ascontiguousarray(part)).quantize(128, dither=Image.Dither.NONE)
+        unchanged = np.zeros(small.shape[:2], bool) if first else (small == self.last).all(-1)
+        image = Image.fromarray(cv2.cvtColor(small, cv2.COLOR_BGR2RGB))
+        image = image.quantize(127, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
+        transparent = len(image.getpalette()) // 3  # one more color
+        image.putpalette([*image.getpalette(), 0, 0, 0])
+        image.paste(transparent, mask=Image.fromarray(unchanged))
 
         header = GifImagePlugin.getheader(image, info={"loop": 0})[0] if first else []
         duration = (70, 60, 70)[self.count // 4 % 3]  # milliseconds, in steps of ten
-        data = GifImagePlugin.getdata(image, (x, y), duration=duration, include_color_table=True)
+        info = {"duration": duration, "transparency": transparent, "include_color_table": True}
         with open(self.path, "wb" if first else "r+b") as file:
             file.seek(0 if first else -1, os.SEEK_END)  # over the end mark
-            file.write(b"".join([*header, *data, b";"]))
+            file.write(b"".join([*header, *GifImagePlugin.getdata(image, **info), b";"]))
         self.last = small
 
     def close(self) -> str:
@@ -1206,7 +1233,7 @@ class Recorder:
 
 
 def draw_frames(config: Config, agent: Agent) -> np.ndarray:
-    """What becomes of a screen before the network sees it: a labelled picture, BGR."""
+    """A labeled picture, BGR, of how a screen becomes the network's input."""
     games = Games(config, 1, keep_rgb=True)
     steps = round((config.seconds or 10) * EMULATOR_FPS / FRAME_SKIP)
     next(itertools.islice(play_steps(agent, games, config, config.seed), steps, None))
@@ -1220,7 +1247,7 @@ def draw_frames(config: Config, agent: Agent) -> np.ndarray:
 
     put(screen[..., ::-1], "1. the screen: 210 x 160, RGB", 24, 48, 320, 420)
     put(cv2.cvtColor(screen, cv2.COLOR_RGB2GRAY), "2. grayscale", 368, 48, 320, 420)
-    put(frames[-1], "3. resized to 84 x 84", 712, 48, 420, 420)
+    put(frames[-1], f"3. resized to {FRAME_SIZE} x {FRAME_SIZE}", 712, 48, 420, 420)
     for i, frame in enumerate(frames):
         put(frame, f"4. observation: frame {i + 1} of {len(frames)}", 24 + 285 * i, 516, 252, 252)
     return canvas
@@ -1240,7 +1267,7 @@ def record(config: Config, agent: Agent) -> None:
             if recorder.count >= seconds * EMULATOR_FPS or (scores and not config.seconds):
                 break
             recorder.add(np.hstack(pictures))
-            advance(bar, 1, f"{len(scores)} games over")
+            advance(bar, 1, f"games finished: {len(scores)}")
     say(recorder.close())
 
 
@@ -1257,8 +1284,8 @@ def display_error() -> str:
 
 
 # The player's keys: letters, space, and the arrows as X11 numbers them.
-MOVES = {ord("a"): "LEFT", ord("d"): "RIGHT", ord("w"): "UP", ord("s"): "DOWN", ord(" "): "FIRE"}
-MOVES |= {65361: "LEFT", 65363: "RIGHT", 65362: "UP", 65364: "DOWN"}
+MOVES = {"a": "LEFT", "d": "RIGHT", "w": "UP", "s": "DOWN", " ": "FIRE"}
+MOVES |= {chr(65361): "LEFT", chr(65363): "RIGHT", chr(65362): "UP", chr(65364): "DOWN"}
 
 
 class Window:
@@ -1266,6 +1293,7 @@ class Window:
 
     TITLE = "ai_breakout_game"
     KEYS = "q quit, p pause, . step, + - speed, n panel, g GIF, v MP4, r new game"
+    PLAY_KEYS = "move: a d or arrows, fire: space; q quit, p pause, r new game, g GIF"
 
     def __init__(self, config: Config) -> None:
         self.human, self.names, self.move = config.play, action_names(config.env_id), "NOOP"
@@ -1275,7 +1303,7 @@ class Window:
             ctypes.CDLL("libX11-xcb.so.1", mode=ctypes.RTLD_GLOBAL)
         self.panel, self.paused, self.restart, self.recorder = True, False, False, None
         self.speed, self.count, self.frames_left = 1.0, 0, 0  # frames to show while paused
-        self.message = "move: arrows or a d, fire: space, h: more keys" if self.human else "h: keys"
+        self.message = self.PLAY_KEYS if self.human else "h: keys"
         self.message_until, self.due = time.monotonic() + 4, 0.0
         # Without Qt's toolbar. Cocoa keeps the size of the picture only with 0.
         plain = 0 if sys.platform == "darwin" else cv2.WINDOW_GUI_NORMAL
@@ -1298,12 +1326,12 @@ class Window:
                 self.say(f"recording {name}")
 
     def choose(self) -> int:
-        """The player's action: each key press is one step, since OpenCV reports no release."""
+        """The player's action. A key press is one step, since OpenCV reports no key release."""
         name, self.move = self.move, "NOOP"
         return self.names.index(name) if name in self.names else 0
 
     def press(self, key: str) -> None:
-        """Do what a key asks for."""
+        """Handle a key of the window."""
         if key in ("q", "\x1b"):
             raise KeyboardInterrupt  # ends the program as Ctrl-C does
         elif key == "r":
@@ -1313,7 +1341,7 @@ class Window:
         elif key == ".":
             self.frames_left = FRAME_SKIP
         elif key == "h":
-            self.say(self.KEYS)
+            self.say(self.PLAY_KEYS if self.human else self.KEYS)
         elif key == "n" and not self.recorder:  # a recording has one size
             self.panel = not self.panel
         elif key in "gv":
@@ -1328,27 +1356,24 @@ class Window:
         text = self.message if time.monotonic() < self.message_until else status
         draw_text(picture[:, :480], text, 14, len(picture) - 12, 12, WHITE)  # not on the panel
         cv2.imshow(self.TITLE, picture)
-        key = cv2.waitKeyEx(max(1, round(seconds * 1000))) & 0xFFFF  # without Shift and the like
+        # Without the bits of Shift and the like; no key is -1, which becomes chr(0xFFFF).
+        key = chr(cv2.waitKeyEx(max(1, round(seconds * 1000))) & 0xFFFF).lower()
         if self.human and key in MOVES:
             self.move = MOVES[key]
-        elif 0 < key < 256:  # not an arrow, and not -1, no key
-            self.press(chr(key).lower())
+        else:
+            self.press(key)
         with contextlib.suppress(cv2.error):  # Qt does not know a closed window
             if sys.platform == "darwin" or cv2.getWindowProperty(self.TITLE, VISIBLE) > 0:
                 return
         raise KeyboardInterrupt
 
-    def record(self, picture: np.ndarray) -> None:
-        """Add a picture to the recording. An error ends the recording, not the game."""
-        with reported(f"write {self.recorder.path}"):
-            self.recorder.add(picture)
-            return
-        self.recorder = None
-
     def show(self, pictures: tuple[np.ndarray, np.ndarray]) -> None:
         """Show an emulator frame for as long as it lasts, and while the game is paused."""
         if self.recorder:
-            self.record(np.hstack(pictures[: 1 + self.panel]))
+            with reported(f"write {self.recorder.path}") as errors:
+                self.recorder.add(np.hstack(pictures[: 1 + self.panel]))
+            if errors:  # they end the recording, but not the game
+                self.recorder = None
         self.count += 1
         if self.count % max(1, round(self.speed)) == 0:  # at high speed, every nth
             period = 1 / (EMULATOR_FPS * min(1, self.speed))
@@ -1359,15 +1384,6 @@ class Window:
             self.draw(np.hstack(pictures[: 1 + self.panel]), 0.03)
 
 
-def take_newer_weights(agent: Agent) -> None:
-    """Read the agent's file again: a run that trains it may have saved newer weights."""
-    if agent.path.is_file():
-        with reported(f"load {agent.path}"):
-            newer = load_agent(str(agent.path))
-            agent.load_state_dict(newer.state_dict())
-            agent.steps, agent.mean_score = newer.steps, newer.mean_score
-
-
 def play(config: Config, agent: Agent) -> None:
     """Let the agent or the user play in a window until it is closed."""
     if problem := display_error():
@@ -1376,7 +1392,7 @@ def play(config: Config, agent: Agent) -> None:
         name = f"ai_breakout_game-{time.strftime('%Y%m%d-%H%M%S')}.mp4"
         say(f"Cannot open a window: {problem}. Recording a minute to {name} instead.")
         return record(dataclasses.replace(config, record=name, seconds=60.0), agent)
-    window, scores, num_games = Window(config), [], 0
+    window, scores = Window(config), []
     human = window.choose if config.play else None
     with contextlib.suppress(KeyboardInterrupt):  # Ctrl-C, q, or the window was closed
         for seed in itertools.count(config.seed):
@@ -1385,12 +1401,9 @@ def play(config: Config, agent: Agent) -> None:
                 window.show(pictures)
                 if window.restart:
                     break
-                if len(scores) > num_games:
-                    take_newer_weights(agent)
-                    num_games = len(scores)
     window.toggle_recorder()
-    if scores:
-        say(f"{len(scores)} games, mean score {np.mean(scores):.2f}")
+    mean = f", mean score {np.mean(scores):.2f}" if scores else ""
+    say(f"games finished: {len(scores)}{mean}")
     if config.play:
         mean = "unknown" if math.isnan(agent.mean_score) else f"{agent.mean_score:.2f}"
         say(f"{agent.path.name} in training: {mean}{reference_scores(config.env_id)}")
@@ -1466,8 +1479,8 @@ def make_config(given: dict[str, Any], defaults: dict[str, Any]) -> Config:
     if settings.get("env_id") != defaults.get("env_id") and "sticky_actions" not in given:
         settings.pop("sticky_actions", None)  # it belongs to the other environment
     registered = game_settings(settings.get("env_id", Config.env_id))
-    config = Config(**{"sticky_actions": registered["repeat_action_probability"]} | settings)
-
+    settings.setdefault("sticky_actions", registered["repeat_action_probability"])
+    config = Config(**settings)
     if changed := [f"{k}={x}" for k, x in defaults.items() if getattr(config, k) != x]:
         say(f"note: the model was trained with {', '.join(changed)}")
     parts = world_size() * config.num_minibatches
@@ -1498,9 +1511,8 @@ def load_player(given: dict[str, Any]) -> tuple[Config, Agent]:
 
 def start_training(given: dict[str, Any]) -> None:
     """Train a new agent, or that of --model-filename. Raises UserError."""
-    config, agent = make_config(given, {}), None
-    if "model_filename" in given:
-        config, agent = load_player(given)
+    pretrained = "model_filename" in given
+    config, agent = load_player(given) if pretrained else (make_config(given, {}), None)
     state = make_state(config, agent)
     name = f"{config.env_id.replace('/', '-')}__{config.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
     folder = Path("runs") / all_gather(name)[0]
@@ -1517,10 +1529,10 @@ def resume_training(given: dict[str, Any]) -> None:
     saved = read_file(path)
     try:
         settings = dataclasses.asdict(Config()) | saved["config"]  # older runs have fewer
-        for name, value in given.items():
-            larger = name == "total_timesteps" and value > settings[name]
-            if value != settings[name] and not larger and name != "device":
-                raise UserError(f"a resumed run has {name}={settings[name]}, not {value}")
+        for key, value in given.items():
+            larger = key == "total_timesteps" and value > settings[key]
+            if value != settings[key] and not larger and key != "device":
+                raise UserError(f"a resumed run has {key}={settings[key]}, not {value}")
         config = make_config(settings | given, {})
         state = make_state(config)
         state.load_state_dict(saved)

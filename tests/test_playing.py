@@ -151,7 +151,7 @@ def test_neighbouring_seeds_share_no_games(monkeypatch, way):
 def test_the_interval_is_students_t(games, t):
     scores = [float(7 * i * i % 101) for i in range(games)]
     expected = t * np.std(scores, ddof=1) / math.sqrt(games)
-    assert script.confidence_interval(scores) == pytest.approx(expected, rel=1e-3)
+    assert script.confidence_interval(scores) == pytest.approx(expected, rel=5e-3)
 
 
 def pretend(monkeypatch, *scores):
@@ -178,7 +178,7 @@ def test_equal_games_count_once_in_the_interval_of_a_greedy_agent_only(
     output = capsys.readouterr().out
     assert report["mean"] == 6 and report["scores"] == [5, 9, 5, 5]
     assert report["different_games"] == different
-    assert report["interval_95"] == pytest.approx(interval, rel=1e-3), "t times the error"
+    assert report["interval_95"] == pytest.approx(interval, rel=5e-3), "t times the error"
     assert f"mean 6.00 +- {report['interval_95']:.2f} (95 %)" in output
     assert ("only 2 games are different" in output) is bool(flags)
 
@@ -222,7 +222,7 @@ def test_an_evaluation_shows_at_once_that_it_runs_and_counts_steps_and_games(mon
     report = evaluate(RANDOM, "--evaluate=2")
     assert outputs[0].strip() == "0 steps" and not any(outputs[1:]), "then twice a minute"
     lines = capsys.readouterr().out.replace("\r", "").splitlines()
-    assert lines[0] == f"{2 * max(report['lengths'])} steps, 2 of 2 games"
+    assert lines[0] == f"{2 * max(report['lengths'])} steps, games finished: 2 of 2"
     assert not any("left" in line or "?" in line for line in lines), "no forecast"
 
 

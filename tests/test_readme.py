@@ -1,8 +1,11 @@
 """The README: its commands and its Python are run or read as they are written."""
 
 import functools
+import os
 import re
 import shlex
+import subprocess
+import sys
 
 import pytest
 from conftest import ROOT
@@ -41,3 +44,37 @@ def test_its_python_plays_a_game(monkeypatch, tmp_path):
     exec(compile(code, "README.md", "exec"), names)
     assert names["truncated"] and names["score"] > 5
     assert [frame.shape for frame in names["env"].render()] == [(210, 160, 3)] * 4
+
+
+# One update instead of a training, short games, and half a second of play instead of a window.
+SHORT = """
+import dataclasses, sys, ai_breakout_game as script
+play_games, short = script.play_games, {"evaluate": 2, "max_frames": 400}
+film = {"record": "film.gif", "seconds": 0.5}
+script.Config.num_updates = property(lambda config: 1)
+script.play_games = lambda agent, config: play_games(agent, dataclasses.replace(config, **short))
+script.play = lambda config, agent: script.record(dataclasses.replace(config, **film), agent)
+sys.exit(script.main(sys.argv[2:]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_its_commands_work_one_after_the_other(tmp_path):
+    """All bash blocks after the installation, in a shell, with a `python3` that makes them short."""
+    python = tmp_path / "bin" / "python3"
+    python.parent.mkdir()
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} -c \'{SHORT}\' "$@"\n')
+    python.chmod(0o755)
+    path = f"{python.parent}:{os.environ['PATH']}"
+    code = "set -e\n" + "".join(block for language, block in BLOCKS[1:] if language == "bash")
+    shell = subprocess.run(
+        ["bash", "-c", code], cwd=tmp_path, env={**os.environ, "PATH": path, "PYTHONPATH": str(ROOT)},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert shell.returncode == 0, shell.stdout + shell.stderr
+
+    models = sorted(path.name for path in tmp_path.glob("models/*"))
+    assert models == [f"ai_breakout_game{steps}.mdl" for steps in (200000, 3000, 5000000)]
+    runs = list(tmp_path.glob("runs/*"))
+    assert len(runs) == 7 and all(len(list(run.glob("*.evaluations.jsonl"))) == 1 for run in runs)

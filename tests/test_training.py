@@ -451,19 +451,21 @@ def test_a_diverged_update_ends_it_with_the_last_good_state(here, monkeypatch, c
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_kill_9_at_thirty_moments_loses_nothing(tmp_path, monkeypatch):
-    """It saves after each update: much of the time it is inside a save."""
+    """It saves after each update, and each save waits before the rename: many kills hit a save."""
     monkeypatch.chdir(tmp_path)
+    slow = "lambda *paths, replace=script.os.replace: (script.time.sleep(0.05), replace(*paths))"
+    before = f"script.CHECKPOINT_SECONDS, script.os.replace = 0, {slow}"
     flags, rng, saved, drafts = (*TINY, "--total-timesteps=8000"), random.Random(0), 0, set()
     for number in range(30):
-        process = start(*flags, cwd=tmp_path, before="script.CHECKPOINT_SECONDS = 0")
+        process = start(*flags, cwd=tmp_path, before=before)
         wait_until(lambda n=number: len(list(Path().glob("runs/*/events*"))) > n, process)
         time.sleep(rng.random())
         process.kill()
         process.wait()
         drafts |= set(run_of().glob(".*.tmp"))
         script.read_file(run_of() / "checkpoint.pt")  # with its checksums
-        before, saved, flags = saved, saved_step(), ("--resume=latest",)
-        assert saved >= before
+        earlier, saved, flags = saved, saved_step(), ("--resume=latest",)
+        assert saved >= earlier
     assert len(drafts) >= 3 and saved > 0, "some of them were inside a save"
     done = run_script("--resume=latest", cwd=tmp_path, timeout=900)
     assert done.returncode == 0 and "Trained 8,000 steps" in done.stdout, done.stderr

@@ -357,7 +357,7 @@ def test_only_games_that_are_over_are_counted(play, monkeypatch, capsys):
     play({100: "r", 240: "q"}, "--max-frames=40")
     games = [int(drawn[i + 1]) for i, text in enumerate(drawn) if text == "game"]
     assert len(over) - 1 <= games[-1] - 1 <= len(over) and games[-1] >= 3  # or still shown
-    assert f"{games[-1] - 1} games, mean score" in capsys.readouterr().out
+    assert f"games finished: {games[-1] - 1}, mean score" in capsys.readouterr().out
 
 
 def test_a_recording_that_fails_later_does_not_end_the_game(play, monkeypatch, capsys):
@@ -439,7 +439,7 @@ def test_the_players_score_is_compared_with_the_agent_a_human_and_random_play(pl
     model = save_agent("mine.mdl", steps=3000, mean_return=12.345)
     play({30: "q"}, f"--model-filename={model}", "--max-frames=24", mode="--play")
     line = "mine.mdl in training: 12.35 (random play 1.7, a human 31.8)"
-    assert re.search(rf"\d games, mean score 0.00\n{re.escape(line)}\n\Z", capsys.readouterr().out)
+    assert re.search(rf"games finished: \d, mean score 0.00\n{re.escape(line)}\n\Z", capsys.readouterr().out)
 
 
 def test_the_players_score_is_the_true_one(play, monkeypatch, capsys):
@@ -455,7 +455,7 @@ def test_the_players_score_is_the_true_one(play, monkeypatch, capsys):
     play({12: "q"}, *args, mode="--play")
     score = sum(rewards[:2])  # of the first game; a reset and half of the second follow
     assert score < -2 and len(rewards) == 4
-    assert f"1 games, mean score {score:.2f}\n" in capsys.readouterr().out
+    assert f"games finished: 1, mean score {score:.2f}\n" in capsys.readouterr().out
 
 
 def test_latest_plays_the_newest_run_and_takes_newer_weights_when_a_game_is_over(
