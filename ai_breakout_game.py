@@ -41,7 +41,7 @@ import time
 import zipfile
 from collections import deque
 from collections.abc import Callable, Iterator
-from datetime import datetime, timedelta
+from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -69,8 +69,7 @@ try:
     for module, version in oldest.items():
         if tuple(map(int, re.findall(r"\d+", module.__version__)[:2])) < version:
             raise ImportError(f"{module.__name__} {module.__version__} is older than {version}")
-    from ale_py.env import AtariEnv
-    from ale_py.vector_env import AtariVectorEnv
+    from ale_py import AtariEnv, AtariVectorEnv
     from torch import Tensor, nn
     from torch.utils.tensorboard import SummaryWriter
 except ImportError as error:
@@ -297,9 +296,10 @@ class Games:
         """Take `actions`, (N,) int64. Raises ValueError for a number that is not an action."""
         if actions.min() < 0 or actions.max() >= len(self.action_names):  # ale-py would hang
             raise ValueError(f"actions {actions} are not from 0 to {len(self.action_names) - 1}")
-        actions = np.where(self.serve, self.fire or 0, actions)
         restarted = self.game_over  # this step resets the game
         decided = ~(restarted | self.serve)
+        if self.fire is not None:
+            actions = np.where(self.serve, self.fire, actions)
         self.frames, rewards, over, truncated, info = self.env.step(actions)
 
         life_lost = ~restarted & (info["lives"] > 0) & (info["lives"] < self.lives)
@@ -312,10 +312,9 @@ class Games:
         self.lengths = np.where(restarted, 0, self.lengths + 1)
         no_event = ~restarted & ~terminated & ~truncated & (rewards == 0)
         self.idle = np.where(no_event, self.idle + decided, 0)
-        clipped = np.sign(rewards, dtype=np.float32)
         slots = np.flatnonzero(self.game_over).tolist()
         finished = [FinishedGame(i, float(self.scores[i]), int(self.lengths[i])) for i in slots]
-        return StepResult(clipped, terminated, truncated, decided, finished)
+        return StepResult(np.float32(np.sign(rewards)), terminated, truncated, decided, finished)
 
 
 # ---- Network -------------------------------------------------------------------------------------
@@ -331,23 +330,32 @@ def init_layer(layer: nn.Module, gain: float = math.sqrt(2)) -> nn.Module:
     return layer
 
 
+def space_to_depth(frames: Tensor) -> Tensor:
+    """Move 4 x 4 pixels into channels: (M, 4, 84, 84) -> (M, 64, 21, 21), channels last in memory.
+
+    Like pixel_unshuffle(frames, 4), but the four pixels of a row are copied as one int32: ten times
+    as fast.
+    """
+    m, side = len(frames), FRAME_SIZE // 4
+    rows = frames.contiguous().view(torch.int32).view(m, FRAME_STACK, side, 4, side)
+    blocks = rows.permute(0, 2, 4, 1, 3).contiguous().view(torch.uint8)
+    return blocks.view(m, side, side, -1).permute(0, 3, 1, 2)
+
+
 class FrameConv(nn.Conv2d):
-    """Conv2d(kernel_size=8, stride=4) of frames / 255, (M, 4, 84, 84) uint8. It is computed with
-    stride 1 after space-to-depth, (M, 64, 21, 21): 1.5 times as fast in bfloat16.
+    """The first layer: uint8 frames / 255, then a convolution of 8 x 8 pixels with stride 4. After
+    `space_to_depth` its stride is 1, which is 1.5 times as fast in bfloat16.
     """
 
+    def __init__(self, out_channels: int) -> None:
+        super().__init__(FRAME_STACK, out_channels, kernel_size=8, stride=4)
+
     def forward(self, frames: Tensor) -> Tensor:
-        # Like pixel_unshuffle(frames, 4), but four adjacent pixels are copied as one int32: ten
-        # times as fast.
-        m, side = len(frames), FRAME_SIZE // 4
-        rows = frames.contiguous().view(torch.int32).view(m, FRAME_STACK, side, 4, side)
-        blocks = rows.permute(0, 2, 4, 1, 3).contiguous().view(torch.uint8)
-        blocks = blocks.view(m, side, side, -1).permute(0, 3, 1, 2)  # in memory, channels are last
         reduced = torch.is_autocast_enabled(frames.device.type)
         dtype = torch.get_autocast_dtype(frames.device.type) if reduced else torch.float32
         weight = nn.functional.pixel_unshuffle(self.weight / 255, 4)
         weight = weight.contiguous(memory_format=torch.channels_last)
-        return nn.functional.conv2d(blocks.to(dtype), weight, self.bias)
+        return nn.functional.conv2d(space_to_depth(frames).to(dtype), weight, self.bias)
 
 
 class Dense(nn.Linear):
@@ -373,7 +381,7 @@ class Agent(nn.Module):
     def __init__(self, num_actions: int) -> None:
         super().__init__()
         convolutions = nn.Sequential(
-            init_layer(FrameConv(FRAME_STACK, 32, kernel_size=8, stride=4)),  # (M, 32, 20, 20)
+            init_layer(FrameConv(32)),  # (M, 32, 20, 20)
             nn.ReLU(inplace=True),
             init_layer(nn.Conv2d(32, 64, kernel_size=4, stride=2)),  # (M, 64, 9, 9)
             nn.ReLU(inplace=True),
@@ -538,20 +546,21 @@ class TrainState:
         self.agent.load_state_dict(saved["agent"])
         self.optimizer.load_state_dict(saved["optimizer"])
         # The checkpoint has the generator of rank 0. A CPU cannot use that of a GPU.
-        self.generator.manual_seed(self.global_step + rank() * 2**32)
         if rank() == 0 and saved["generator"].shape == self.generator.get_state().shape:
             self.generator.set_state(saved["generator"])
 
 
-def make_state(config: Config, agent: Agent | None = None) -> TrainState:
-    """The state at the start of a run, with the weights of `agent` or new ones."""
+def make_state(config: Config, agent: Agent | None = None, global_step: int = 0) -> TrainState:
+    """The state at the start of a run, with the weights of `agent` or new ones; or the state that a
+    checkpoint of `global_step` is loaded into.
+    """
     torch.manual_seed(config.seed)
     device = pick_device(config.device)
     agent = (agent or Agent(len(action_names(config.env_id)))).to(device)
     agent.precision, agent.patience = pick_precision(config.precision, device), config.patience
     optimizer = torch.optim.Adam(agent.parameters(), eps=1e-5, fused=device.type != "mps")
-    generator = torch.Generator(device).manual_seed(config.seed + rank() * 2**32)
-    return TrainState(agent, optimizer, generator)
+    seed = config.seed + global_step + 1_000_003 * rank()  # a CPU's generator uses 32 bits
+    return TrainState(agent, optimizer, torch.Generator(device).manual_seed(seed))
 
 
 def make_rollout(num_steps: int, num_envs: int, device: torch.device) -> Batch:
@@ -616,7 +625,7 @@ def compute_gae(rewards, values, terminated, truncated, gamma: float, gae_lambda
 
 def make_batch(rollout: Batch, config: Config) -> Batch:
     """The steps of a rollout, flattened to (B, ...), with advantages, returns and weights."""
-    steps = {name: x[: config.num_steps] for name, x in rollout.items()}
+    steps = {name: x[: config.num_steps] for name, x in rollout.items()}  # some have T + 1 rows
     terminated, truncated = steps["terminated"], steps["truncated"]
     rewards = steps["rewards"] - config.life_cost * terminated
     discounts = (config.gamma, config.gae_lambda)
@@ -681,7 +690,7 @@ def ppo_loss(logits: Tensor, values: Tensor, batch: Batch, config: Config) -> di
 
 
 def learn_minibatch(state: TrainState, batch: Batch, config: Config) -> dict[str, Tensor]:
-    """One step of the optimizer. Returns this rank's losses, and the norm of the gradient."""
+    """One step of the optimizer. Returns the losses and the norm of the gradient."""
     mean, variance, total = masked_moments(batch["advantages"], batch["sample_weights"])
     advantages = (batch["advantages"] - mean) / (variance.sqrt() + 1e-8)
     batch = batch | {"advantages": advantages, "sample_weights": batch["sample_weights"] / total}
@@ -694,7 +703,8 @@ def learn_minibatch(state: TrainState, batch: Batch, config: Config) -> dict[str
         all_reduce(parameter.grad)
     norm = nn.utils.clip_grad_norm_(state.agent.parameters(), config.max_grad_norm)
     state.optimizer.step()
-    return {name: x.detach() for name, x in losses.items()} | {"grad_norm": norm / world_size()}
+    summed = all_reduce(torch.stack([x.detach() for x in losses.values()]))
+    return dict(zip(losses, summed)) | {"grad_norm": norm}
 
 
 def learn(state: TrainState, rollout: Batch, config: Config) -> dict[str, float]:
@@ -713,7 +723,7 @@ def learn(state: TrainState, rollout: Batch, config: Config) -> dict[str, float]
     unexplained = masked_moments(batch["returns"] - batch["values"], batch["sample_weights"])[1]
     variance = masked_moments(batch["returns"], batch["sample_weights"])[1]
     explained = 1 - unexplained / variance.clamp(min=1e-8)
-    numbers = torch.stack([*all_reduce(torch.stack(means)), explained]).tolist()
+    numbers = torch.stack([*means, explained]).tolist()
     if not all(map(math.isfinite, numbers)):
         raise FloatingPointError(f"update {state.update} diverged: try a lower --learning-rate")
     names = [f"losses/{name}" for name in (*history[0], "explained_variance")]
@@ -723,6 +733,7 @@ def learn(state: TrainState, rollout: Batch, config: Config) -> dict[str, float]
 # ---- Saving and loading --------------------------------------------------------------------------
 
 MODEL_SETTINGS = ("env_id", "sticky_actions", "max_frames", "patience")  # that a player needs
+OBSERVATION = {"frame_skip": FRAME_SKIP, "frame_size": FRAME_SIZE}  # a file must have the same
 
 
 def save_file(content: dict[str, Any], path: Path) -> None:
@@ -738,13 +749,19 @@ def save_file(content: dict[str, Any], path: Path) -> None:
 
 
 def read_file(path: Path) -> Any:
-    """Load tensors, numbers and strings; no code in the file is run. Raises UserError."""
+    """A model or checkpoint: tensors, numbers and strings. No code in the file is run. Raises
+    UserError.
+    """
     try:
         with zipfile.ZipFile(path) as archive:
             sb3 = "policy.pth" in archive.namelist()
             if archive.testzip() or sb3:  # torch.load does not compare the checksums
                 raise ValueError("a stable-baselines3 archive" if sb3 else "a checksum is wrong")
-        return torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        for name, value in OBSERVATION.items():
+            if content.get(name, value) != value:
+                raise ValueError(f"it was trained with {name} = {content[name]}")
+        return content
     except (OSError, ValueError) as error:
         problem = getattr(error, "strerror", None) or error
     except Exception:  # a damaged file raises one of many types
@@ -772,7 +789,7 @@ def model_content(state: TrainState, config: Config) -> dict[str, Any]:
     weights = {name: x.cpu().contiguous() for name, x in state.agent.state_dict().items()}
     about = {"steps": state.global_step, "seed": config.seed, "mean_return": state.mean_score}
     settings = {name: getattr(config, name) for name in MODEL_SETTINGS}
-    return {"weights": weights, "frame_skip": FRAME_SKIP, **about, **settings}
+    return {"weights": weights, **OBSERVATION, **about, **settings}
 
 
 def load_agent(name: str) -> Agent:
@@ -791,8 +808,6 @@ def load_agent(name: str) -> Agent:
         agent.load_state_dict({name: weights[name] for name in agent.state_dict()})
         if not all(x.isfinite().all() for x in agent.parameters()):
             raise ValueError("a weight is not finite")
-        if content.get("frame_skip", FRAME_SKIP) != FRAME_SKIP:
-            raise ValueError(f"it was trained with a frame skip of {content['frame_skip']}")
         defaults = {name: getattr(Config, name) for name in MODEL_SETTINGS if name in content}
         agent.settings = {name: type(x)(content[name]) for name, x in defaults.items()}
         agent.steps = int(content.get("steps", 0))
@@ -930,8 +945,8 @@ def finish(state: TrainState, config: Config, folder: Path, seconds: float) -> b
         for target in (folder / "last.mdl", path):
             save_file(model_content(state, config), target)
 
-    elapsed = timedelta(seconds=round(seconds))
-    say(f"{'Trained' if trained else 'Stopped after'} {state.global_step:,} steps in {elapsed}")
+    done = "Trained" if trained else "Stopped after"
+    say(f"{done} {state.global_step:,} steps in {tqdm.format_interval(seconds)}")
     if state.scores:
         mean = f"{state.mean_score:.2f}{reference_scores(config.env_id)}"
         say(f"mean score of the last {len(state.scores)} of {state.num_games:,} games: {mean}")
@@ -989,9 +1004,8 @@ def train(config: Config, state: TrainState, folder: Path) -> None:
                 save_checkpoint(state, config, folder)
                 logger.open(state.global_step)
                 next_checkpoint = time.monotonic() + CHECKPOINT_SECONDS
-            annealed = anneal(config, state.update)
             finished = collect_rollout(state, games, rollout)
-            losses = learn(state, rollout, annealed)
+            losses = learn(state, rollout, anneal(config, state.update))
             if logger:
                 logger.log(state, finished, losses)
 
@@ -1024,8 +1038,8 @@ def confidence_interval(scores: list[float]) -> float | None:
     n = len(scores) - 1
     if n < 1:
         return None
-    samples = np.random.default_rng(0).standard_t(n, 2_000_000)  # the quantile is good to 0.5 %
-    quantile = np.quantile(np.abs(samples), 0.95)
+    # NumPy has no quantiles of Student's t, but samples: good to 0.5 %.
+    quantile = np.quantile(np.abs(np.random.default_rng(0).standard_t(n, 2_000_000)), 0.95)
     return float(quantile * np.std(scores, ddof=1) / math.sqrt(n + 1))
 
 
@@ -1259,8 +1273,7 @@ def record(config: Config, agent: Agent) -> None:
         Image.fromarray(draw_frames(config, agent)[..., ::-1]).save(config.record)
         return say(config.record)
     scores, recorder = [], Recorder(Path(config.record))
-    limit = recorder.GIF_SECONDS if recorder.is_gif else math.inf
-    seconds = min(config.seconds or limit, limit)
+    seconds = min(config.seconds or math.inf, recorder.GIF_SECONDS if recorder.is_gif else math.inf)
     # What was recorded before Ctrl-C is kept.
     with progress_bar(None, "frame") as bar, contextlib.suppress(KeyboardInterrupt):
         for pictures in watch(agent, config, config.seed, scores):
@@ -1276,10 +1289,9 @@ def display_error() -> str:
     probe = "import sys; sys.tracebacklimit = 0; import cv2, os; cv2.namedWindow('x'); os._exit(0)"
     try:
         subprocess.run([sys.executable, "-c", probe], capture_output=True, timeout=10, check=True)
-    except subprocess.TimeoutExpired:
-        return "the display does not answer"
-    except subprocess.CalledProcessError as error:
-        return error.stderr.decode(errors="replace").strip().partition("\n")[0] or "it fails"
+    except subprocess.SubprocessError as error:
+        reason = error.stderr or b"the display does not answer"
+        return reason.decode(errors="replace").strip().partition("\n")[0]
     return ""
 
 
@@ -1296,7 +1308,8 @@ class Window:
     PLAY_KEYS = "move: a d or arrows, fire: space; q quit, p pause, r new game, g GIF"
 
     def __init__(self, config: Config) -> None:
-        self.human, self.names, self.move = config.play, action_names(config.env_id), "NOOP"
+        self.human = self.choose if config.play else None
+        self.names, self.move = action_names(config.env_id), "NOOP"
         os.environ["QT_QPA_FONTDIR"] = str(Path(cv2.__file__).parent)  # else Qt warns
         # The libX11-xcb in the OpenCV wheel loses events beside a newer libX11: load the system's.
         with contextlib.suppress(OSError):
@@ -1305,7 +1318,7 @@ class Window:
         self.speed, self.count, self.frames_left = 1.0, 0, 0  # frames to show while paused
         self.message = self.PLAY_KEYS if self.human else "h: keys"
         self.message_until, self.due = time.monotonic() + 4, 0.0
-        # Without Qt's toolbar. Cocoa keeps the size of the picture only with 0.
+        # Without Qt's toolbar. On macOS, only 0 keeps the size of the picture.
         plain = 0 if sys.platform == "darwin" else cv2.WINDOW_GUI_NORMAL
         cv2.namedWindow(self.TITLE, cv2.WINDOW_AUTOSIZE | plain)
 
@@ -1393,11 +1406,10 @@ def play(config: Config, agent: Agent) -> None:
         say(f"Cannot open a window: {problem}. Recording a minute to {name} instead.")
         return record(dataclasses.replace(config, record=name, seconds=60.0), agent)
     window, scores = Window(config), []
-    human = window.choose if config.play else None
     with contextlib.suppress(KeyboardInterrupt):  # Ctrl-C, q, or the window was closed
         for seed in itertools.count(config.seed):
             window.restart = False
-            for pictures in watch(agent, config, seed, scores, human):
+            for pictures in watch(agent, config, seed, scores, window.human):
                 window.show(pictures)
                 if window.restart:
                     break
@@ -1534,7 +1546,7 @@ def resume_training(given: dict[str, Any]) -> None:
             if value != settings[key] and not larger and key != "device":
                 raise UserError(f"a resumed run has {key}={settings[key]}, not {value}")
         config = make_config(settings | given, {})
-        state = make_state(config)
+        state = make_state(config, global_step=saved["global_step"])
         state.load_state_dict(saved)
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         hint = f"is not a checkpoint ({error!r:.99}); --model-filename trains a model further"

@@ -124,7 +124,9 @@ def here(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory):
-    """The lesson's first command, run once in an empty folder: that folder, and what it printed."""
+    """The lesson's first command with an eighth of its steps and short games, run once in an empty
+    folder: that folder, and what it printed.
+    """
     folder = tmp_path_factory.mktemp("newcomer")
-    command = ("--num-envs=8", "--total-timesteps=3000", "--multithreading=True")
-    return folder, run_script(*command, cwd=folder)
+    command = ("--num-envs=8", "--total-timesteps=375", "--multithreading=True")
+    return folder, run_script(*command, "--num-steps=16", "--max-frames=60", cwd=folder)

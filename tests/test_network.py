@@ -102,7 +102,7 @@ def test_the_layout_of_the_frames_in_memory_makes_no_difference(shipped):
 @pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])
 def test_the_first_convolution_is_an_ordinary_one_of_scaled_frames(dtype, error):
     torch.manual_seed(0)
-    layer, frames = script.FrameConv(4, 32, kernel_size=8, stride=4), random_frames(3)
+    layer, frames = script.FrameConv(32), random_frames(3)
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
         output = layer(frames)
     assert output.dtype == dtype
@@ -118,7 +118,7 @@ def output_and_gradients(outputs, inputs):
 
 def test_the_gradient_of_the_first_convolution_is_that_of_an_ordinary_one():
     torch.manual_seed(0)
-    layer, frames = script.FrameConv(4, 32, kernel_size=8, stride=4), random_frames(3)
+    layer, frames = script.FrameConv(32), random_frames(3)
     inputs = layer.weight, layer.bias
     got = output_and_gradients(layer(frames), inputs)
     wanted = output_and_gradients(nn.functional.conv2d(frames / 255, *inputs, stride=4), inputs)

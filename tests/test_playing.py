@@ -531,9 +531,9 @@ script.Recorder.add = lambda *args: (add(*args), print("picture", args[0].count,
 @pytest.mark.parametrize(
     ("path", "name", "pictures"),
     [
-        ("a.gif", "SIGINT", 60),
         ("a.gif", "SIGHUP", 60),
         ("a.mp4", "SIGTERM", 60),
+        pytest.param("a.gif", "SIGINT", 60, marks=pytest.mark.slow),
         pytest.param("a.mp4", "SIGKILL", 330, marks=pytest.mark.slow),
     ],
 )

@@ -139,6 +139,15 @@ def test_ctrl_c_stops_all_processes_and_saves(tmp_path):
     assert (run_of(tmp_path) / "last.mdl").exists()
 
 
+def test_ranks_sample_different_actions_at_the_start_and_after_a_resume(monkeypatch):
+    numbers = set()
+    for rank, step in ((0, 0), (1, 0), (1, 1024)):
+        monkeypatch.setattr(script, "rank", lambda rank=rank: rank)
+        state = script.make_state(script.Config(), global_step=step)
+        numbers.add(torch.rand(1, generator=state.generator).item())
+    assert len(numbers) == 3
+
+
 def test_games_that_cannot_be_divided_are_refused(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)

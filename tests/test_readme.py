@@ -61,17 +61,15 @@ sys.exit(script.main(sys.argv[2:]))
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_its_commands_work_one_after_the_other(tmp_path):
-    """All bash blocks after the installation, in a shell, with a `python3` that makes them short."""
+    """All bash blocks after the installation, in a shell, with a `python3` that shortens them."""
     python = tmp_path / "bin" / "python3"
     python.parent.mkdir()
     python.write_text(f'#!/bin/sh\nexec {sys.executable} -c \'{SHORT}\' "$@"\n')
     python.chmod(0o755)
-    path = f"{python.parent}:{os.environ['PATH']}"
+    env = os.environ | {"PATH": f"{python.parent}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
     code = "set -e\n" + "".join(block for language, block in BLOCKS[1:] if language == "bash")
-    shell = subprocess.run(
-        ["bash", "-c", code], cwd=tmp_path, env={**os.environ, "PATH": path, "PYTHONPATH": str(ROOT)},
-        capture_output=True, text=True,
-    )  # fmt: skip
+    command = ["bash", "-c", code]
+    shell = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
     assert shell.returncode == 0, shell.stdout + shell.stderr
 
     models = sorted(path.name for path in tmp_path.glob("models/*"))

@@ -76,11 +76,14 @@ def test_a_bare_state_dict_is_loaded_whatever_wrapped_the_network(here, agent, p
     assert loaded.steps == 0 and math.isnan(loaded.mean_score), "both are unknown"
 
 
-def test_a_model_trained_with_another_frame_skip_is_refused(here, monkeypatch):
+@pytest.mark.parametrize(("name", "value"), [("frame_skip", 4), ("frame_size", 84)])
+def test_a_model_or_run_with_other_frames_is_refused(here, monkeypatch, capsys, name, value):
     assert script.main([*RUN]) == 0
-    monkeypatch.setattr(script, "FRAME_SKIP", 2)
-    with pytest.raises(script.UserError, match="frame skip of 4"):
+    monkeypatch.setattr(script, "OBSERVATION", {name: 2})
+    problem = f"trained with {name} = {value}"
+    with pytest.raises(script.UserError, match=problem):
         script.load_agent(str(only(Path("models").iterdir())))
+    assert script.main(["--resume=latest"]) == 2 and problem in capsys.readouterr().err
 
 
 def test_unknown_keys_are_ignored(here, agent):

@@ -42,10 +42,25 @@ def train(*flags, updates=2, code=0):
 # ---- The lesson's first command ------------------------------------------------------------------
 
 
+@pytest.mark.slow
+def test_the_two_commands_of_the_lesson_work_word_for_word(tmp_path, monkeypatch):
+    """Without a display, the second one records to a file instead of opening a window."""
+    script_here = tmp_path / SCRIPT.name
+    script_here.symlink_to(SCRIPT)
+    monkeypatch.delenv("DISPLAY", raising=False)
+    monkeypatch.setenv("PATH", os.path.dirname(sys.executable), prepend=os.pathsep)
+    train = "python3 ai_breakout_game.py --num-envs=8 --total-timesteps=3000 --multithreading=True"
+    done = subprocess.run(train, shell=True, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr == "" and "Trained 3,072 steps" in done.stdout
+    watch = 'python3 ai_breakout_game.py --run=1 --model-filename="ai_breakout_game3000.mdl"'
+    done = subprocess.run(watch, shell=True, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and only(tmp_path.glob("*.mp4")).stat().st_size > 10_000
+
+
 def test_the_first_command_trains_without_a_warning(trained):
     done = trained[1]
     assert done.returncode == 0 and done.stderr == ""
-    assert "0 of 3,072 steps" in done.stdout and "Trained 3,072 steps" in done.stdout
+    assert "0 of 384 steps" in done.stdout and "Trained 384 steps" in done.stdout
 
 
 def test_the_first_command_says_where_its_curves_are_and_how_well_it_plays(trained):
@@ -57,7 +72,7 @@ def test_the_first_command_says_where_its_curves_are_and_how_well_it_plays(train
 
 
 def test_the_first_command_leaves_its_weights_in_models_and_in_its_run(trained):
-    model, run = trained[0] / "models" / "ai_breakout_game3000.mdl", run_of(trained[0])
+    model, run = trained[0] / "models" / "ai_breakout_game375.mdl", run_of(trained[0])
     assert list((trained[0] / "models").iterdir()) == [model]
     names = sorted(path.name.split(".")[0] for path in run.iterdir())
     assert names == ["checkpoint", "events", "last"]
@@ -65,12 +80,13 @@ def test_the_first_command_leaves_its_weights_in_models_and_in_its_run(trained):
 
 
 def test_a_model_file_holds_what_is_needed_to_use_the_weights(trained):
-    path = trained[0] / "models" / "ai_breakout_game3000.mdl"
+    path = trained[0] / "models" / "ai_breakout_game375.mdl"
     content, mean = load(path), points(run_of(trained[0]), "charts/mean_return_100")[1][-1]
     assert len(content.pop("weights")) == 12 and path.stat().st_size < 7_000_000
     assert content.pop("mean_return") == pytest.approx(mean)
-    settings = {"sticky_actions": 0.0, "max_frames": 108_000, "patience": 250.0, "frame_skip": 4}
-    assert content == {"env_id": "BreakoutNoFrameskip-v4", "steps": 3072, "seed": 1, **settings}
+    settings = {"sticky_actions": 0.0, "max_frames": 60, "patience": 250.0}
+    settings |= {"frame_skip": 4, "frame_size": 84}
+    assert content == {"env_id": "BreakoutNoFrameskip-v4", "steps": 384, "seed": 1, **settings}
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +131,7 @@ def test_the_curves_have_the_usual_names(trained):
 def test_the_curves_have_a_point_for_each_update(trained):
     run = run_of(trained[0])
     for tag in ("losses/loss", "losses/entropy", "charts/learning_rate", "charts/SPS"):
-        assert points(run, tag)[0] == [1024, 2048, 3072]
+        assert points(run, tag)[0] == [128, 256, 384]
     assert points(run, "charts/learning_rate")[1] == pytest.approx([1e-3, 2e-3 / 3, 1e-3 / 3])
     assert 1.3 < points(run, "losses/entropy")[1][0] < 1.39, "four actions, nearly equally probable"
 
@@ -123,11 +139,12 @@ def test_the_curves_have_a_point_for_each_update(trained):
 def test_the_settings_are_in_the_curves(trained):
     tensors = curves(run_of(trained[0])).Tensors("config/text_summary")
     text = tensors[0].tensor_proto.string_val[0].decode()
-    assert "total_timesteps" in text and "3000" in text and "BreakoutNoFrameskip-v4" in text
+    assert "total_timesteps=375" in text and "BreakoutNoFrameskip-v4" in text
 
 
 def test_the_curves_of_a_hundred_million_steps_stay_below_200_megabytes(trained):
-    assert only(run_of(trained[0]).glob("events*")).stat().st_size / 3072 * 1e8 < 200e6
+    updates = 1e8 / (8 * 128)
+    assert only(run_of(trained[0]).glob("events*")).stat().st_size / 3 * updates < 200e6
 
 
 @pytest.fixture(scope="module")

@@ -439,7 +439,8 @@ def test_the_players_score_is_compared_with_the_agent_a_human_and_random_play(pl
     model = save_agent("mine.mdl", steps=3000, mean_return=12.345)
     play({30: "q"}, f"--model-filename={model}", "--max-frames=24", mode="--play")
     line = "mine.mdl in training: 12.35 (random play 1.7, a human 31.8)"
-    assert re.search(rf"games finished: \d, mean score 0.00\n{re.escape(line)}\n\Z", capsys.readouterr().out)
+    output = capsys.readouterr().out
+    assert re.search(rf"games finished: \d, mean score 0.00\n{re.escape(line)}\n\Z", output)
 
 
 def test_the_players_score_is_the_true_one(play, monkeypatch, capsys):
@@ -588,6 +589,7 @@ def test_without_a_display_nobody_can_play(no_display, capsys):
     assert os.listdir() == []
 
 
+@pytest.mark.slow
 def test_a_display_that_does_not_answer_is_given_ten_seconds(no_display, monkeypatch, capsys):
     with socket.create_server(("127.0.0.1", 0)) as server:
         monkeypatch.setenv("DISPLAY", f"127.0.0.1:{server.getsockname()[1] - 6000}")
@@ -596,6 +598,7 @@ def test_a_display_that_does_not_answer_is_given_ten_seconds(no_display, monkeyp
         assert 9 < time.monotonic() - before < 30
 
 
+@pytest.mark.slow
 def test_the_recording_without_a_display_can_be_interrupted(no_display, tmp_path):
     tell = """add = script.Recorder.add
 script.Recorder.add = lambda *args: (add(*args), print("picture", args[0].count, flush=True))"""
