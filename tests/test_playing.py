@@ -276,7 +276,7 @@ THIRD_STEP = """if True:
     script.Games.step = step_or_wait"""
 
 
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize("name", ["SIGINT", pytest.param("SIGTERM", marks=pytest.mark.slow)])
 def test_an_interrupted_evaluation_keeps_its_finished_games(name):
     process = start("--evaluate=2", RANDOM, cwd=".", before=THIRD_STEP)
     wait_for("waiting", process)
@@ -531,8 +531,8 @@ script.Recorder.add = lambda *args: (add(*args), print("picture", args[0].count,
 @pytest.mark.parametrize(
     ("path", "name", "pictures"),
     [
-        ("a.gif", "SIGHUP", 60),
         ("a.mp4", "SIGTERM", 60),
+        pytest.param("a.gif", "SIGHUP", 60, marks=pytest.mark.slow),
         pytest.param("a.gif", "SIGINT", 60, marks=pytest.mark.slow),
         pytest.param("a.mp4", "SIGKILL", 330, marks=pytest.mark.slow),
     ],

@@ -218,7 +218,7 @@ def test_closing_the_window_quits(own_window):
     assert own_window.ended()
 
 
-@pytest.mark.parametrize("end", ["Escape", "SIGTERM"])
+@pytest.mark.parametrize("end", ["SIGTERM", pytest.param("Escape", marks=pytest.mark.slow)])
 def test_the_end_finishes_a_recording(own_window, end):
     own_window.press("v")
     name = until(lambda: own_window.said(r"recording (\S+\.mp4)"))[1]
