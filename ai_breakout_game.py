@@ -814,7 +814,7 @@ def load_agent(name: str) -> Agent:
         agent.mean_score = float(content.get("mean_return", math.nan))
     except Exception as error:  # a foreign file raises one of many types
         raise UserError(f"{path} is not a model: {type(error).__name__}: {error}") from None
-    agent.patience = agent.settings.setdefault("patience", 0.0)
+    agent.patience = agent.settings.setdefault("patience", 0.0)  # files without it are older
     agent.path = path
     return agent
 

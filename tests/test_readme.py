@@ -46,11 +46,12 @@ def test_its_python_plays_a_game(monkeypatch, tmp_path):
     assert [frame.shape for frame in names["env"].render()] == [(210, 160, 3)] * 4
 
 
-# One update instead of a training, short games, and half a second of play instead of a window.
+# One small update instead of a training, short games, and half a second of play, not in a window.
 SHORT = """
 import dataclasses, sys, ai_breakout_game as script
 play_games, short = script.play_games, {"evaluate": 2, "max_frames": 400}
-film = {"record": "film.gif", "seconds": 0.5}
+make_config, film = script.make_config, {"record": "film.gif", "seconds": 0.5}
+script.make_config = lambda *args: dataclasses.replace(make_config(*args), num_steps=8)
 script.Config.num_updates = property(lambda config: 1)
 script.play_games = lambda agent, config: play_games(agent, dataclasses.replace(config, **short))
 script.play = lambda config, agent: script.record(dataclasses.replace(config, **film), agent)

@@ -505,7 +505,7 @@ def test_it_learns(tmp_path, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_training_needs_less_than_one_and_a_half_gigabytes(tmp_path):
-    process, peak = start("--total-timesteps=12000", cwd=tmp_path), 0
+    process, peak = start("--total-timesteps=5000", cwd=tmp_path), 0
     while process.poll() is None:
         with contextlib.suppress(psutil.Error):  # it has just ended
             peak = max(peak, psutil.Process(process.pid).memory_info().rss)
