@@ -459,7 +459,7 @@ def all_reduce(x: Tensor) -> Tensor:
 
 
 def all_gather(item: Any) -> list[Any]:
-    """The `item` of every rank, in each of them. A collective call."""
+    """Return the `item` of every rank, on every rank. A collective call."""
     items = [item] * world_size()
     if world_size() > 1:
         dist.all_gather_object(items, item)
@@ -879,8 +879,8 @@ def advance(bar: tqdm, units: int, text: str) -> float:
 
 
 class Logger:
-    """Shows the progress and writes curves. Its errors do not end the training. SummaryWriter is
-    used only here: another tracker replaces it in `open`, `log` and `close`.
+    """Shows the progress and writes curves. Its errors do not end the training. To use another
+    tracker, replace SummaryWriter in `open`, `log` and `close`.
     """
 
     def __init__(self, folder: Path, config: Config, state: TrainState) -> None:
@@ -890,8 +890,8 @@ class Logger:
         threading.excepthook = lambda _: None  # of SummaryWriter's thread: `log` reports the error
 
     def open(self, step: int) -> None:
-        """Start a file of curves, at the start, and after an error or when it was deleted."""
-        if not self.writer or not any(self.folder.glob("events.*")):
+        """Start a file of curves, at the start, after an error, and if the folder was deleted."""
+        if not self.writer or not self.folder.exists():
             with reported(f"write curves to {self.folder}/"):
                 # TensorBoard ignores what an earlier file has after `step`.
                 self.writer = SummaryWriter(str(self.folder), purge_step=step + 1)
@@ -1001,8 +1001,8 @@ def train(config: Config, state: TrainState, folder: Path) -> None:
     with handle_signals(stop):
         while state.update < config.num_updates and not any(all_gather(stop.made)):
             if logger and time.monotonic() >= next_checkpoint:
-                save_checkpoint(state, config, folder)
                 logger.open(state.global_step)
+                save_checkpoint(state, config, folder)
                 next_checkpoint = time.monotonic() + CHECKPOINT_SECONDS
             finished = collect_rollout(state, games, rollout)
             losses = learn(state, rollout, anneal(config, state.update))
@@ -1113,7 +1113,7 @@ FONT, VISIBLE = cv2.FontFace("sans"), cv2.WND_PROP_VISIBLE
 
 
 def draw_text(image: np.ndarray, text: str, x: int, y: int, size=16, color=GRAY) -> None:
-    """Draw `text`; (x, y) is the left end of its base line."""
+    """Draw `text`; (x, y) is the left end of its baseline."""
     cv2.putText(image, text, (x, y), color, FONT, size, 500)
 
 
@@ -1301,11 +1301,10 @@ MOVES |= {chr(65361): "LEFT", chr(65363): "RIGHT", chr(65362): "UP", chr(65364):
 
 
 class Window:
-    """The window in which an agent plays, and what its keys have set."""
+    """The window in which an agent plays, with the state that its keys change."""
 
     TITLE = "ai_breakout_game"
-    KEYS = "q quit, p pause, . step, + - speed, n panel, g GIF, v MP4, r new game"
-    PLAY_KEYS = "move: a d or arrows, fire: space; q quit, p pause, r new game, g GIF"
+    KEYS = "q quit, p pause, . step, + - speed, n panel, g GIF, v MP4, r new game"  # see `press`
 
     def __init__(self, config: Config) -> None:
         self.human = self.choose if config.play else None
@@ -1316,7 +1315,8 @@ class Window:
             ctypes.CDLL("libX11-xcb.so.1", mode=ctypes.RTLD_GLOBAL)
         self.panel, self.paused, self.restart, self.recorder = True, False, False, None
         self.speed, self.count, self.frames_left = 1.0, 0, 0  # frames to show while paused
-        self.message = self.PLAY_KEYS if self.human else "h: keys"
+        self.keys = ("a d space: play, " if self.human else "") + self.KEYS
+        self.message = self.keys if self.human else "h: keys"
         self.message_until, self.due = time.monotonic() + 4, 0.0
         # Without Qt's toolbar. On macOS, only 0 keeps the size of the picture.
         plain = 0 if sys.platform == "darwin" else cv2.WINDOW_GUI_NORMAL
@@ -1354,7 +1354,7 @@ class Window:
         elif key == ".":
             self.frames_left = FRAME_SKIP
         elif key == "h":
-            self.say(self.PLAY_KEYS if self.human else self.KEYS)
+            self.say(self.keys)
         elif key == "n" and not self.recorder:  # a recording has one size
             self.panel = not self.panel
         elif key in "gv":

@@ -100,7 +100,7 @@ def repeated(script, args, function):
 
 
 def collect(args):
-    """Steps a second of playing alone: emulator and network, nothing learnt."""
+    """Steps a second of playing alone: emulator and network, nothing learned."""
     script, _, games, state, rollout = our_parts(args)
     return repeated(script, args, lambda: script.collect_rollout(state, games, rollout))
 
@@ -249,7 +249,7 @@ def main():
         return
     parts = args.parts.split(",")
     rates, memory = {part: [] for part in parts}, dict.fromkeys(parts, 0.0)
-    print(f"{os.cpu_count()} cores, device {args.device}, busy neighbour: {args.busy}")
+    print(f"{os.cpu_count()} cores, device {args.device}, busy neighbor: {args.busy}")
     if args.busy:
         multiprocessing.Process(target=burn, daemon=True).start()
     for number in range(args.rounds):

@@ -1,4 +1,4 @@
-"""The picture of the model card: how a run learnt, and what its agent scored.
+"""The picture of the model card: how a run learned, and what its agent scored.
 
 python tests/draw_curve.py models/champion models/champion/evaluation.json picture.png
 """

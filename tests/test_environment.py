@@ -125,7 +125,7 @@ def test_a_game_is_truncated_after_max_frames_rounded_up_to_whole_steps(wrapped)
     assert [env.step(0)[3] for _ in range(3)] == [False, False, True]
 
 
-def test_render_returns_the_frames_of_a_step_in_colour(wrapped):
+def test_render_returns_the_frames_of_a_step_in_color(wrapped):
     env = wrapped(FakeAtari(), keep_rgb=True)
     env.reset()
     assert [frame.max() for frame in env.render()] == [2], "after a reset"
@@ -259,7 +259,7 @@ def test_a_number_that_is_no_action_is_refused(scripted, action):
     assert games.env.taken == []
 
 
-def test_no_two_games_share_a_seed_even_in_neighbouring_runs(scripted):
+def test_no_two_games_share_a_seed_even_in_neighboring_runs(scripted):
     games, seeds = scripted(8), []
     for entropy in [(1,), (2,), (3,), (1, 2048, 0), (1, 2048, 1), (1, 2049, 0), (1, 2049, 0)]:
         games.reset(*entropy)

@@ -132,7 +132,7 @@ def test_the_same_seed_gives_the_same_games_and_another_seed_others():
 
 
 @pytest.mark.parametrize("way", ["yes", "no"])
-def test_neighbouring_seeds_share_no_games(monkeypatch, way):
+def test_neighboring_seeds_share_no_games(monkeypatch, way):
     """Games that start with the same seed are the same under --greedy."""
     seeds = []
 

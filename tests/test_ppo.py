@@ -1,4 +1,4 @@
-"""What is learnt from a rollout: the formulas, written out slowly, and what updates do."""
+"""What is learned from a rollout: the formulas, written out slowly, and what updates do."""
 
 import copy
 import dataclasses
@@ -382,17 +382,17 @@ PPO_FLAGS = [field for field in FIELDS if field.metadata["group"] == "PPO"]
 
 
 @pytest.mark.parametrize("field", PPO_FLAGS, ids=lambda field: field.name)
-def test_every_ppo_flag_changes_what_is_learnt(field):
+def test_every_ppo_flag_changes_what_is_learned(field):
     value = getattr(CONFIG, field.name)
     other = not value if field.type is bool else field.type(value / 2 if value else 0.5)
-    learnt = []
+    learned = []
     for config in (CONFIG, new_config(**{field.name: other})):
         state, rollout = new_state(), random_rollout()
         state.update = 2  # of 10: annealing has begun
         rollout = {name: x[: config.num_steps + len(x) - T] for name, x in rollout.items()}
         update(state, rollout, config)
-        learnt.append(weights_of(state))
-    assert not torch.equal(*learnt)
+        learned.append(weights_of(state))
+    assert not torch.equal(*learned)
 
 
 def test_training_plays_rollouts_and_anneals_as_its_flags_say(monkeypatch, tmp_path):
@@ -457,7 +457,7 @@ def two_games(native):
     return script.Games(new_config(multithreading=native), N)
 
 
-def test_steps_are_learnt_at_the_temperature_at_which_they_were_played():
+def test_steps_are_learned_at_the_temperature_at_which_they_were_played():
     games, rollout, state = two_games(True), script.make_rollout(T, N, CPU), new_state()
     config, state.agent.patience = new_config(learning_rate=0.0), 4.0
     state.agent.actor.weight.data *= 100  # so that the temperature makes a difference
@@ -471,15 +471,15 @@ def test_steps_are_learnt_at_the_temperature_at_which_they_were_played():
 
 @pytest.mark.parametrize("native", [True, False], ids=["native", "python"])
 def test_a_seed_gives_the_same_weights_bit_for_bit_and_another_seed_others(native):
-    games, rollout, learnt = two_games(native), script.make_rollout(8, N, CPU), []
+    games, rollout, learned = two_games(native), script.make_rollout(8, N, CPU), []
     for seed in (1, 1, 2):
         state = script.make_state(new_config(seed=seed))
         games.reset(seed)
         for _ in range(3):
             script.collect_rollout(state, games, rollout)
             update(state, rollout, new_config(num_steps=8, update_epochs=1))
-        learnt.append(weights_of(state))
-    assert torch.equal(learnt[0], learnt[1]) and not torch.equal(learnt[0], learnt[2])
+        learned.append(weights_of(state))
+    assert torch.equal(learned[0], learned[1]) and not torch.equal(learned[0], learned[2])
 
 
 @pytest.mark.parametrize("name", ["rewards", "values", "log_probs"])

@@ -1,4 +1,4 @@
-"""Model files, checkpoints and --resume: what was learnt is never lost, damaged or mixed up."""
+"""Model files, checkpoints and --resume: what was learned is never lost, damaged or mixed up."""
 
 import contextlib
 import io
@@ -72,7 +72,7 @@ def test_a_bare_state_dict_is_loaded_whatever_wrapped_the_network(here, agent, p
     torch.save({prefix + name: x for name, x in agent.state_dict().items()}, "bare.pt")
     loaded = script.load_agent("bare.pt")
     assert_same_weights(loaded.state_dict(), agent.state_dict())
-    assert loaded.settings == {"patience": 0.0}, "it has learnt without patience"
+    assert loaded.settings == {"patience": 0.0}, "it has learned without patience"
     assert loaded.steps == 0 and math.isnan(loaded.mean_score), "both are unknown"
 
 

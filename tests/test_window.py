@@ -136,7 +136,7 @@ def own_window(tmp_path):
 # ------------------------------------------------------------------------------------ real windows
 
 
-def test_it_shows_the_game_in_its_true_colours_beside_the_panel(window):
+def test_it_shows_the_game_in_its_true_colors_beside_the_panel(window):
     picture = window.look()
     wall = [picture[y, 240, ::-1].tolist() for y in range(180, 280, 18)]
     assert wall == [[200, 72, 72], [198, 108, 58], [180, 122, 48],

@@ -16,7 +16,7 @@ LABELS = ("random play", "after 200,000 steps", "the champion")
 SEED, SECONDS = 4, 20
 
 
-def labelled(picture, label):
+def labeled(picture, label):
     """A picture of the game with a line above."""
     canvas = np.full((684, 492, 3), script.BACKGROUND, np.uint8)
     canvas[48:678, 6:486] = picture
@@ -28,5 +28,5 @@ players = [script.load_player({"model_filename": name}) for name in sys.argv[1:]
 games = [script.watch(agent, config, SEED, []) for config, agent in players]
 recorder = script.Recorder(ROOT / "models" / "three_agents.gif")
 for _, shown in zip(range(SECONDS * script.EMULATOR_FPS), zip(*games)):
-    recorder.add(np.hstack([labelled(game, label) for (game, _), label in zip(shown, LABELS)]))
+    recorder.add(np.hstack([labeled(game, label) for (game, _), label in zip(shown, LABELS)]))
 print(recorder.close())
