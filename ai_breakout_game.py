@@ -14,7 +14,7 @@
     python3 ai_breakout_game.py --evaluate=100 --model-filename="ai_breakout_game3000.mdl"
     tensorboard --logdir runs
 
-Each definition uses only what stands above it. What learns is in Environment, Network and PPO.
+Definitions use only what stands above them. The learning code is in Environment, Network and PPO.
 Shapes: T steps of a rollout, N games played at once, B = T * N, M steps of a minibatch, A actions.
 A step is one action, held for four emulator frames. A game is all its lives. For the learner, an
 episode is one life: it expects no reward after a lost life.
@@ -250,7 +250,7 @@ def make_vector_env(config: Config, num_envs: int, keep_rgb: bool = False) -> gy
     )  # fmt: skip
 
 
-TRAINING, PLAYING = 0, 1  # streams of random seeds: no game of training is played in a test
+TRAINING, PLAYING = 0, 1  # streams of random seeds: evaluation reuses no training seed
 
 
 class FinishedGame(NamedTuple):
@@ -262,8 +262,8 @@ class FinishedGame(NamedTuple):
 
 
 class StepResult(NamedTuple):
-    """The result of one step in N games. The reset of a game, and the serve after a lost life, are
-    steps that ignore the agent's action. They are not decisions of the agent, and not trained on.
+    """The result of one step in N games. The reset of a game, and the serve (FIRE) after a lost
+    life, ignore the agent's action. They are not decisions of the agent, and not trained on.
     """
 
     rewards: np.ndarray  # (N,) float32, clipped to their sign
@@ -373,7 +373,7 @@ class Agent(nn.Module):
 
     precision = torch.float32  # dtype of the large layers; weights, actor and critic are float32
     patience = Config.patience
-    # Known of an agent that was loaded from a file:
+    # Set when it is loaded from a file:
     path = Path("new agent")
     settings: dict[str, Any]  # the MODEL_SETTINGS that it was trained with
     steps, mean_score = 0, math.nan  # at the end of its training
@@ -558,7 +558,7 @@ def make_state(config: Config, agent: Agent | None = None, global_step: int = 0)
     device = pick_device(config.device)
     agent = (agent or Agent(len(action_names(config.env_id)))).to(device)
     agent.precision, agent.patience = pick_precision(config.precision, device), config.patience
-    optimizer = torch.optim.Adam(agent.parameters(), eps=1e-5, fused=device.type != "mps")
+    optimizer = torch.optim.Adam(agent.parameters(), eps=1e-5, fused=True)
     seed = config.seed + global_step + 1_000_003 * rank()  # a CPU's generator uses 32 bits
     return TrainState(agent, optimizer, torch.Generator(device).manual_seed(seed))
 
@@ -737,7 +737,7 @@ OBSERVATION = {"frame_skip": FRAME_SKIP, "frame_size": FRAME_SIZE}  # a file mus
 
 
 def save_file(content: dict[str, Any], path: Path) -> None:
-    """Write a draft and rename it: `path` is complete even if the process dies."""
+    """Write a temporary file and rename it: `path` is complete even if the process dies."""
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -779,9 +779,9 @@ def find_file(name: str, paths: list[Path]) -> Path:
     if files := [path for path in paths if os.path.isfile(path)]:
         return files[0]
     there = [x.name for x in (*Path("models").glob("*.mdl"), *Path("runs").glob("*__*"))]
-    near = difflib.get_close_matches(name, there, cutoff=0.5)
+    near = " or ".join(difflib.get_close_matches(name, there, cutoff=0.5))
     name = "run" if name == "latest" else name
-    raise UserError(f"there is no {name} here" + (f", but {' and '.join(near)}" if near else ""))
+    raise UserError(f"there is no {name} here" + (f"; did you mean {near}?" if near else ""))
 
 
 def model_content(state: TrainState, config: Config) -> dict[str, Any]:
@@ -814,7 +814,7 @@ def load_agent(name: str) -> Agent:
         agent.mean_score = float(content.get("mean_return", math.nan))
     except Exception as error:  # a foreign file raises one of many types
         raise UserError(f"{path} is not a model: {type(error).__name__}: {error}") from None
-    agent.patience = agent.settings.setdefault("patience", 0.0)  # files without it are older
+    agent.patience = agent.settings.setdefault("patience", 0.0)  # older files lack it
     agent.path = path
     return agent
 
@@ -899,7 +899,7 @@ class Logger:
 
     def log(self, state: TrainState, finished: list, losses: dict[str, float]) -> None:
         """Log the numbers of an update, and the games that finished in it."""
-        text = f"mean score {state.mean_score:.2f}" if state.scores else "no game is over yet"
+        text = f"mean score {state.mean_score:.2f}" if state.scores else "no game finished yet"
         speed = advance(self.bar, state.global_step - self.bar.n, text)
         scalars = [*losses.items(), ("charts/SPS", speed)]  # steps per second
         if state.scores:
@@ -1066,8 +1066,8 @@ def play_games(agent: Agent, config: Config) -> list[FinishedGame]:
 def print_scores(scores: np.ndarray, interval: float | None, env_id: str) -> None:
     """Print mean, interval and histogram: a mean alone hides that scores have two modes."""
     mean = f"mean {scores.mean():,.2f}" + (f" +- {interval:,.2f} (95 %)" if interval else "")
-    low, median, high = (f"{x:,.10g}" for x in np.quantile(scores, (0, 0.5, 1)))
-    say(f"{len(scores)} games: {mean}, median {median}, from {low} to {high}")
+    lowest, median, highest = (f"{x:,.10g}" for x in np.quantile(scores, (0, 0.5, 1)))
+    say(f"{len(scores)} games: {mean}, median {median}, from {lowest} to {highest}")
 
     width = max(1, math.ceil((np.ptp(scores) + 1) / 12))
     edges = np.arange(scores.min(), scores.max() + width + 1, width)
@@ -1088,13 +1088,13 @@ def evaluate(config: Config, agent: Agent) -> None:
         raise KeyboardInterrupt
     scores = [game.score for game in finished]
     # Without randomness, the same start gives the same game: it must not count twice.
-    different = {(game.score, game.length): game.score for game in finished}
-    different = list(different.values()) if config.greedy and not config.sticky_actions else scores
+    unique = {(game.score, game.length): game.score for game in finished}
+    different = list(unique.values()) if config.greedy and not config.sticky_actions else scores
     interval, partial = confidence_interval(different), len(scores) < config.evaluate
     report = {name: getattr(config, name) for name in (*MODEL_SETTINGS, "seed", "greedy")}
-    report |= {"model": agent.path.name, "games": len(scores), "partial": partial}
+    report |= {"model": agent.path.name, "steps": agent.steps, "games": len(scores)}
     report |= {"mean": np.mean(scores), "interval_95": interval, "different_games": len(different)}
-    report |= {"scores": scores, "lengths": [game.length for game in finished]}
+    report |= {"partial": partial, "scores": scores, "lengths": [game.length for game in finished]}
 
     folder = agent.path.parent if os.access(agent.path.parent, os.W_OK) else Path()
     path = folder / f"{agent.path.name}.evaluations.jsonl"
@@ -1102,7 +1102,7 @@ def evaluate(config: Config, agent: Agent) -> None:
         file.write(json.dumps(report) + "\n")
     print_scores(np.array(scores), interval, config.env_id)
     if len(different) < len(scores):
-        say(f"  only {len(different)} games are different: the interval is of those")
+        say(f"  only {len(different)} games are different: the interval covers only those")
     variant = f"{config.env_id}, sticky actions {config.sticky_actions:g}, seed {config.seed}"
     say(f"  {variant}; {'interrupted; ' if partial else ''}appended to {path}")
 
@@ -1233,7 +1233,7 @@ class Recorder:
         duration = (70, 60, 70)[self.count // 4 % 3]  # milliseconds, in steps of ten
         info = {"duration": duration, "transparency": transparent, "include_color_table": True}
         with open(self.path, "wb" if first else "r+b") as file:
-            file.seek(0 if first else -1, os.SEEK_END)  # over the end mark
+            file.seek(0 if first else -1, os.SEEK_END)  # overwrite the trailer
             file.write(b"".join([*header, *GifImagePlugin.getdata(image, **info), b";"]))
         self.last = small
 
@@ -1475,7 +1475,7 @@ def find_mode(given: dict[str, Any]) -> str:
     """The mode that the flags ask for. Raises UserError for flags that it would ignore."""
     mode, *others = [name for name in MODES if given.get(name)] or ["train"]
     if others:
-        raise UserError(f"--{mode} and --{others[0]} exclude each other")
+        raise UserError(f"--{mode} and --{others[0]} are mutually exclusive")
     groups = {field.name: field.metadata["group"] for field in dataclasses.fields(Config)}
     for name in given:
         if groups[name] not in ("mode", "game", *MODES[mode]):

@@ -132,7 +132,7 @@ def test_the_same_seed_gives_the_same_games_and_another_seed_others():
 
 
 @pytest.mark.parametrize("way", ["yes", "no"])
-def test_neighboring_seeds_share_no_games(monkeypatch, way):
+def test_neighboring_seeds_share_no_games_nor_do_training_and_evaluation(monkeypatch, way):
     """Games that start with the same seed are the same under --greedy."""
     seeds = []
 
@@ -143,8 +143,9 @@ def test_neighboring_seeds_share_no_games(monkeypatch, way):
     owner = script.AtariVectorEnv if way == "yes" else gym.vector.SyncVectorEnv
     monkeypatch.setattr(owner, "reset", note)
     for seed in (1, 2, 3):
-        assert script.main(["--evaluate=4", RANDOM, f"--seed={seed}", f"--multithreading={way}"])
-    assert len(set(seeds)) == 12
+        for mode in (["--evaluate=4", RANDOM], ["--num-envs=4"]):
+            assert script.main([*mode, f"--seed={seed}", f"--multithreading={way}"])
+    assert len(set(seeds)) == 24
 
 
 @pytest.mark.parametrize(("games", "t"), [(2, 12.706), (3, 4.303), (10, 2.262), (100, 1.984)])

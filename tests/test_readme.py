@@ -65,7 +65,7 @@ def test_its_commands_work_one_after_the_other(tmp_path):
     """All bash blocks after the installation, in a shell, with a `python3` that shortens them."""
     python = tmp_path / "bin" / "python3"
     python.parent.mkdir()
-    python.write_text(f'#!/bin/sh\nexec {sys.executable} -c \'{SHORT}\' "$@"\n')
+    python.write_text(f"#!/bin/sh\nexec {sys.executable} -c '{SHORT}' \"$@\"\n")
     python.chmod(0o755)
     env = os.environ | {"PATH": f"{python.parent}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
     code = "set -e\n" + "".join(block for language, block in BLOCKS[1:] if language == "bash")
