@@ -306,7 +306,7 @@ class Games:
         terminated = over | life_lost
         self.lives = info["lives"]
         self.game_over = over | truncated
-        self.serve = life_lost & ~self.game_over & (self.fire is not None)
+        self.serve = life_lost & (self.fire is not None)
 
         self.scores = np.where(restarted, 0, self.scores) + rewards
         self.lengths = np.where(restarted, 0, self.lengths + 1)
