@@ -173,7 +173,7 @@ def test_variables_of_other_launchers_change_nothing(tmp_path, monkeypatch):
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_when_a_process_dies_all_end_within_a_minute(tmp_path, victim):
     process = torchrun(*FLAGS, cwd=tmp_path)
-    wait_until(lambda: list(tmp_path.glob("runs/*/events*")), process)
+    wait_until(lambda: list(tmp_path.glob("runs/*/checkpoint.pt")), process)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     assert len(children) == 2
     os.kill(int(children[victim]), signal.SIGKILL)

@@ -476,6 +476,7 @@ def test_kill_9_at_thirty_moments_loses_nothing(tmp_path, monkeypatch):
     for number in range(30):
         process = start(*flags, cwd=tmp_path, before=before)
         wait_until(lambda n=number: len(list(Path().glob("runs/*/events*"))) > n, process)
+        wait_until(lambda: list(Path().glob("runs/*/checkpoint.pt")), process)
         time.sleep(rng.random())
         process.kill()
         process.wait()
